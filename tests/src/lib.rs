@@ -1,0 +1,1 @@
+//! Plays xapi and xapi-storage-script against a SMAPIv3 plugin, strictly.
