@@ -1,1 +1,28 @@
 //! What the SMAPIv3 volume and datapath plugins for qcow2 are made of.
+//!
+//! ```text
+//!   xapi-storage-script                       xapi-storage-script
+//!          │ Volume.*, SR.*                          │ Datapath.*, Data.*
+//!   ┌──────▼──────┐                           ┌──────▼──────┐
+//!   │   volume    │                           │  datapath   │
+//!   └──────┬──────┘                           └──────┬──────┘
+//!          │      smapi: requests, answers, errors   │
+//!          ├──────────────── plugin ─────────────────┤
+//!   ┌──────▼──────┐    ┌─────────────┐     ┌─────────▼─────────┐
+//!   │    store    │    │    host     │     │    qemu, nbd      │
+//!   │ SR on disk  │    │ paths, uuid │     │ daemon, QMP, jobs │
+//!   └─────────────┘    └─────────────┘     └───────────────────┘
+//! ```
+//!
+//! Both executables live for one call. What outlives a call is on disk: in the SR ([`store`]), or under the
+//! host's runtime directory ([`host`]). Whatever is killed at any point, the next call finds a state that it
+//! can finish or undo.
+
+pub mod error;
+pub mod host;
+pub mod id;
+pub mod lock;
+pub mod record;
+pub mod smapi;
+
+pub use error::{Error, Result};

@@ -1,0 +1,267 @@
+//! The one error of this crate, and what xapi is told of it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use uuid::Uuid;
+
+/// A result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a call failed.
+///
+/// A message names the thing it is about and leaves the cause to [`std::error::Error::source`]; the chain is
+/// printed once, where the answer to xapi is made ([`crate::smapi`]).
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request cannot be understood or asks for something that cannot be.
+    #[error("bad request: {0}")]
+    BadRequest(String),
+    /// The device-config has no `uri`.
+    #[error("the device-config has no {0}")]
+    MissingDeviceConfig(&'static str),
+    /// The device-config has a value that cannot be used.
+    #[error("the device-config's {key} is wrong: {reason}")]
+    InvalidDeviceConfig {
+        /// The key in the device-config.
+        key: &'static str,
+        /// What is wrong with its value.
+        reason: String,
+    },
+    /// The SR is not attached on this host.
+    #[error("SR {0} is not attached on this host")]
+    SrNotAttached(String),
+    /// The SR's directory, file system or record cannot be used.
+    #[error("SR at {path} is not available: {reason}")]
+    SrUnavailable {
+        /// The file or directory that is missing or wrong.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is an SR already.
+    #[error("there is an SR already at {0}")]
+    SrExists(PathBuf),
+    /// The SR holds volumes.
+    #[error("SR {0} still holds volumes")]
+    SrNotEmpty(String),
+    /// The SR has datapaths in use.
+    #[error("SR {sr} is in use: {reason}")]
+    SrInUse {
+        /// The SR.
+        sr: String,
+        /// By what.
+        reason: String,
+    },
+    /// No volume has this key.
+    #[error("volume {0} does not exist")]
+    VolumeDoesNotExist(String),
+    /// The volume is in use in a way that forbids the call.
+    #[error("volume {volume} is in use: {reason}")]
+    VolumeInUse {
+        /// The volume's key.
+        volume: String,
+        /// By what.
+        reason: String,
+    },
+    /// Another host holds the volume.
+    #[error("volume {volume} is activated on host {host}")]
+    ActivatedOnAnotherHost {
+        /// The volume's key.
+        volume: String,
+        /// The uuid of the host that holds it.
+        host: Uuid,
+    },
+    /// A size that no volume can have.
+    #[error("invalid size: {0}")]
+    InvalidSize(String),
+    /// The file system or quota is full.
+    #[error("no space left while {doing}")]
+    NoSpace {
+        /// What was being done.
+        doing: String,
+        /// The system's error, where there is one.
+        source: Option<io::Error>,
+    },
+    /// The file system is read-only.
+    #[error("the file system is read-only: {doing}")]
+    ReadOnlyFileSystem {
+        /// What was being done.
+        doing: String,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// A record of ours cannot be read as one.
+    #[error("record {path} is damaged: {reason}")]
+    DamagedRecord {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A record was written by a newer version of this program.
+    #[error("record {path} has format {found}; this program knows formats up to {known}: install a newer version")]
+    NewerFormat {
+        /// The file.
+        path: PathBuf,
+        /// The format it has.
+        found: u64,
+        /// The newest format this program reads.
+        known: u64,
+    },
+    /// A qcow2 file is not what the records say, or cannot be trusted.
+    #[error("image {path} is refused: {reason}")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A system call failed.
+    #[error("{doing} failed")]
+    Io {
+        /// What was being done, with the file's name.
+        doing: String,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// QEMU's tools or daemon refused or failed.
+    #[error("{doing} failed: {reason}")]
+    Qemu {
+        /// What was being done.
+        doing: String,
+        /// What QEMU said.
+        reason: String,
+    },
+    /// Something did not answer in its time.
+    #[error("{doing} took more than {seconds} seconds")]
+    Timeout {
+        /// What was being waited for.
+        doing: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// The mirror of a volume is broken: its destination does not have every write.
+    #[error("the mirror of volume {volume} is broken: {reason}")]
+    MirrorBroken {
+        /// The source volume's key.
+        volume: String,
+        /// How it broke.
+        reason: String,
+    },
+    /// The operation cannot be done on this kind of SR.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// An operation failed, and so did its undoing.
+    #[error("{first} (and undoing it failed: {undo})")]
+    Undo {
+        /// Why the operation failed.
+        first: Box<Error>,
+        /// Why it could not be undone.
+        undo: Box<Error>,
+    },
+    /// A promise inside this program is broken.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl Error {
+    /// Makes an error of a failed system call, told apart by what xapi must know of it.
+    pub fn io(doing: impl Into<String>, source: io::Error) -> Self {
+        let doing = doing.into();
+        match Errno::from_io_error(&source) {
+            Some(Errno::NOSPC | Errno::DQUOT) => Self::NoSpace { doing, source: Some(source) },
+            Some(Errno::ROFS) => Self::ReadOnlyFileSystem { doing, source },
+            _ => Self::Io { doing, source },
+        }
+    }
+
+    /// Makes the closure for `map_err` after a system call on a file: `fs::read(p).map_err(Error::on("reading", p))`.
+    pub fn on<E: Into<io::Error>>(verb: &'static str, path: impl AsRef<Path>) -> impl FnOnce(E) -> Self {
+        move |source| Self::io(format!("{verb} {}", path.as_ref().display()), source.into())
+    }
+
+    /// Gives the error code and parameters that xapi passes on to its user.
+    ///
+    /// Codes are XenServer's `SR_BACKEND_FAILURE_<n>`, numbered as in sm's `XE_SR_ERRORCODES.xml`, with the
+    /// parameters in sm's form (empty, message, empty), or SMAPIv3's own names. Only the parameters of
+    /// `Activated_on_another_host` are interpreted by xapi-storage-script (xen-api
+    /// `ocaml/xapi-storage-script/main.ml`); `SR_BACKEND_FAILURE_44` means no space to xapi.
+    pub fn code(&self) -> (String, Vec<String>) {
+        let number = match self {
+            Self::ActivatedOnAnotherHost { host, .. } => {
+                let name = "Activated_on_another_host".to_owned();
+                return (name.clone(), vec![name, host.to_string()]);
+            }
+            Self::VolumeDoesNotExist(key) => return ("Volume_does_not_exist".to_owned(), vec![key.clone()]),
+            Self::SrNotAttached(sr) => return ("Sr_not_attached".to_owned(), vec![sr.clone()]),
+            Self::Unsupported(what) => return ("SR_OPERATION_NOT_SUPPORTED".to_owned(), vec![what.clone()]),
+            Self::Undo { first, .. } => return first.code(),
+            Self::MissingDeviceConfig(_) => {
+                // The exact text of sm's code 90, which outside tests look for.
+                let text = "The request is missing the device parameter".to_owned();
+                return ("SR_BACKEND_FAILURE_90".to_owned(), vec![String::new(), text, String::new()]);
+            }
+            Self::SrInUse { .. } => 16,
+            Self::VolumeInUse { .. } => 24,
+            Self::SrNotEmpty(_) => 39,
+            Self::SrExists(_) => 42,
+            Self::NoSpace { .. } => 44,
+            Self::DamagedRecord { .. } | Self::NewerFormat { .. } | Self::Image { .. } => 46,
+            Self::SrUnavailable { .. } => 47,
+            Self::InvalidSize(_) => 79,
+            Self::InvalidDeviceConfig { .. } => 91,
+            Self::BadRequest(_) => 115,
+            Self::Io { .. } => 200,
+            Self::Timeout { .. } => 201,
+            Self::MirrorBroken { .. } => 202,
+            Self::Qemu { .. } => 453,
+            Self::ReadOnlyFileSystem { .. } => 461,
+            Self::Internal(_) => 1200,
+        };
+        (format!("SR_BACKEND_FAILURE_{number}"), vec![String::new(), self.chain(), String::new()])
+    }
+
+    /// Gives the message with those of its causes, joined by colons.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_apart_from_other_failures() {
+        for (errno, code) in [
+            (Errno::NOSPC, "SR_BACKEND_FAILURE_44"),
+            (Errno::DQUOT, "SR_BACKEND_FAILURE_44"),
+            (Errno::ROFS, "SR_BACKEND_FAILURE_461"),
+            (Errno::IO, "SR_BACKEND_FAILURE_200"),
+        ] {
+            assert_eq!(Error::io("writing x", errno.into()).code().0, code);
+        }
+    }
+
+    #[test]
+    fn the_cause_is_printed_after_the_message() {
+        let error = Error::io("writing x", io::Error::other("because"));
+        assert_eq!(error.chain(), "writing x failed: because");
+    }
+
+    #[test]
+    fn another_hosts_activation_has_the_parameters_that_xapi_interprets() {
+        let host = Uuid::new_v4();
+        let error = Error::ActivatedOnAnotherHost { volume: "v".to_owned(), host };
+        assert_eq!(error.code().1, ["Activated_on_another_host".to_owned(), host.to_string()]);
+    }
+}

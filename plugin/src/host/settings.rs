@@ -1,0 +1,80 @@
+//! What an administrator may set for a host.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+
+/// The settings of a host, from `/etc/xapi-storage-qcow2.json`: an object whose fields are all optional.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Seconds for a mirror's connection to be taken and the NBD handshake to end. Long: xapi's proxy opens its
+    /// second leg, over HTTP to the other host, only after it was connected to.
+    pub handshake_seconds: u64,
+    /// Seconds a mirror's peer may owe an answer, while the guest does not wait for it, before the mirror fails.
+    pub peer_silence_seconds: u64,
+    /// The same while guest writes wait for the peer (write-blocking mode).
+    pub blocking_silence_seconds: u64,
+    /// Seconds that Datapath.deactivate waits for a mirror to drain.
+    pub drain_seconds: u64,
+    /// Seconds that a storage daemon may take for one QMP command.
+    pub qmp_seconds: u64,
+    /// Seconds that a call waits for a lock that another call holds.
+    pub lock_seconds: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            handshake_seconds: 60,
+            peer_silence_seconds: 30,
+            blocking_silence_seconds: 4,
+            drain_seconds: 30,
+            qmp_seconds: 20,
+            lock_seconds: 60,
+        }
+    }
+}
+
+impl Settings {
+    /// Reads the settings from a file; one that is not there means the defaults.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        match fs::read(path) {
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|error| Error::DamagedRecord { path: path.to_owned(), reason: error.to_string() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(Error::io(format!("reading {}", path.display()), error)),
+        }
+    }
+
+    /// Gives [`Self::qmp_seconds`] as a duration.
+    pub fn qmp(&self) -> Duration {
+        Duration::from_secs(self.qmp_seconds)
+    }
+
+    /// Gives [`Self::lock_seconds`] as a duration.
+    pub fn lock(&self) -> Duration {
+        Duration::from_secs(self.lock_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_file_means_defaults_and_an_unknown_field_is_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("settings.json");
+        assert_eq!(Settings::read(&path).unwrap(), Settings::default());
+        fs::write(&path, r#"{"drain_seconds": 5}"#).unwrap();
+        assert_eq!(Settings::read(&path).unwrap().drain_seconds, 5);
+        fs::write(&path, r#"{"drain_second": 5}"#).unwrap();
+        assert!(Settings::read(&path).unwrap_err().to_string().contains("settings.json"));
+    }
+}

@@ -1,0 +1,149 @@
+//! Records: JSON files with a format number, replaced as a whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// A kind of record, whose JSON is an object with a number `format`.
+pub trait Record: Serialize + DeserializeOwned {
+    /// The newest format that this program reads, and the one it writes.
+    const FORMAT: u64;
+}
+
+/// Whether a record must be there after a power cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// It is on the disk when the call returns: the commit point of an operation.
+    Durable,
+    /// It is about this boot only.
+    UntilReboot,
+}
+
+/// Reads a record.
+///
+/// # Errors
+///
+/// [`Error::NewerFormat`] and [`Error::DamagedRecord`] name the file; a file that is not there is an
+/// [`Error::Io`] with [`io::ErrorKind::NotFound`].
+pub fn read<R: Record>(path: &Path) -> Result<R> {
+    let bytes = fs::read(path).map_err(Error::on("reading", path))?;
+    parse(path, &bytes)
+}
+
+/// Reads a record that may not be there.
+///
+/// # Errors
+///
+/// As [`read`], without the missing file.
+pub fn read_if_present<R: Record>(path: &Path) -> Result<Option<R>> {
+    match fs::read(path) {
+        Ok(bytes) => parse(path, &bytes).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::on("reading", path)(error)),
+    }
+}
+
+/// Decodes a record's bytes; `path` is for the error.
+fn parse<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
+    let damaged = |reason: String| Error::DamagedRecord { path: path.to_owned(), reason };
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
+    match value.get("format").and_then(Value::as_u64) {
+        None => return Err(damaged("it has no format number".to_owned())),
+        Some(found) if found > R::FORMAT => {
+            return Err(Error::NewerFormat { path: path.to_owned(), found, known: R::FORMAT });
+        }
+        Some(_) => {}
+    }
+    serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
+}
+
+/// Puts a record in the place of an older one, or of none: readers see one or the other, whatever is killed.
+///
+/// # Errors
+///
+/// When it cannot be written. The older record then still stands, but for a failure of the last step with
+/// [`Durability::Durable`]: then either may be found after a power cut.
+pub fn write<R: Record>(path: &Path, record: &R, durability: Durability) -> Result<()> {
+    let directory =
+        path.parent().ok_or_else(|| Error::Internal(format!("record {} has no directory", path.display())))?;
+    let writing = |error: io::Error| Error::on("writing", path)(error);
+    let mut bytes = serde_json::to_vec(record)
+        .map_err(|error| Error::Internal(format!("a record cannot be encoded: {error}")))?;
+    bytes.push(b'\n');
+    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory).map_err(writing)?;
+    file.write_all(&bytes).map_err(writing)?;
+    if durability == Durability::Durable {
+        file.as_file().sync_all().map_err(writing)?;
+    }
+    file.persist(path).map_err(|error| writing(error.error))?;
+    if durability == Durability::Durable {
+        sync_directory(directory)?;
+    }
+    Ok(())
+}
+
+/// Makes the names in a directory durable.
+///
+/// # Errors
+///
+/// When the directory cannot be opened or synced.
+pub fn sync_directory(directory: &Path) -> Result<()> {
+    File::open(directory).and_then(|file| file.sync_all()).map_err(Error::on("syncing directory", directory))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Sample {
+        format: u64,
+        text: String,
+    }
+
+    impl Record for Sample {
+        const FORMAT: u64 = 2;
+    }
+
+    #[test]
+    fn a_record_reads_back_and_leaves_no_other_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.json");
+        assert_eq!(read_if_present::<Sample>(&path).unwrap(), None);
+        for text in ["a", "b"] {
+            let sample = Sample { format: 2, text: text.to_owned() };
+            write(&path, &sample, Durability::Durable).unwrap();
+            assert_eq!(read::<Sample>(&path).unwrap(), sample);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_record_cut_off_anywhere_is_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.json");
+        let whole = br#"{"format":2,"text":"abc"}"#;
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            let error = read::<Sample>(&path).unwrap_err();
+            assert!(matches!(&error, Error::DamagedRecord { .. }) && error.to_string().contains("r.json"));
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_with_both_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.json");
+        fs::write(&path, r#"{"format":3,"words":["x"]}"#).unwrap();
+        let text = read::<Sample>(&path).unwrap_err().to_string();
+        assert!(text.contains("format 3") && text.contains("up to 2"), "{text}");
+    }
+}

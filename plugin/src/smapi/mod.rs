@@ -1,0 +1,219 @@
+//! A SMAPIv3 script: one call in, one answer out.
+//!
+//! xapi-storage-script runs `<plugin directory>/<Method> --json` with one JSON object on standard input and reads
+//! one JSON document from standard output; anything else there spoils the answer. A failed call exits with
+//! non-zero and an object of `code`, `params` and `backtrace` (xen-api `ocaml/xapi-storage-script/lib.ml`).
+//!
+//! An executable's table of [`Method`]s is all there is to know about what it answers:
+//!
+//! ```text
+//! argv ──► choose ──► read stdin ──► parameters ──► execute ──► answer ──► stdout, exit status
+//!             │            │              │             │
+//!             └────────────┴── Error ─────┴─────────────┴─────► {code, params, backtrace}, exit 1
+//! ```
+
+mod types;
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tracing::info_span;
+
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::id::Shortened;
+pub use types::{
+    Backend, Configuration, DataStatus, Health, Keys, Operation, ProbeResult, QueryResult, SrStat, VolumeRecord,
+    VolumeType, XenDisk, not_null,
+};
+
+/// The variable that chooses what is logged to standard error, in tracing's filter syntax (default: warnings).
+pub const LOG_VARIABLE: &str = "XAPI_STORAGE_QCOW2_LOG";
+
+/// One method of a plugin: its name as xapi spells the script, and what it does.
+pub struct Method {
+    /// The script's name, `Volume.create`.
+    pub name: &'static str,
+    /// Decodes the request, executes it and encodes the answer; see [`typed`].
+    pub call: fn(&Host, Value) -> Result<Value>,
+}
+
+/// Joins a method's typed `execute` to the untyped table: decodes its parameters and encodes its answer.
+///
+/// # Errors
+///
+/// [`Error::BadRequest`] when a parameter is missing or of another type, else what `execute` gives.
+pub fn typed<P, R>(host: &Host, request: Value, execute: fn(&Host, P) -> Result<R>) -> Result<Value>
+where
+    P: DeserializeOwned,
+    R: Serialize,
+{
+    let parameters =
+        serde_json::from_value(request).map_err(|error| Error::BadRequest(shorten(&error.to_string())))?;
+    serde_json::to_value(execute(host, parameters)?)
+        .map_err(|error| Error::Internal(format!("the answer cannot be encoded: {error}")))
+}
+
+/// Keeps an error text that quotes the request from growing with it.
+fn shorten(text: &str) -> String {
+    match text.char_indices().nth(400) {
+        Some((end, _)) => format!("{}… ({} bytes)", &text[..end], text.len()),
+        None => text.to_owned(),
+    }
+}
+
+/// Runs the call that this process was started for, and gives its exit status.
+///
+/// The method is argv[0]'s file name, or the first argument when the executable is called by its own name. With
+/// `--list-methods` it prints the methods' names, one a line.
+pub fn main(methods: &[Method]) -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    start_log();
+    run(methods, &arguments, &Host::from_environment(), &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
+}
+
+/// Starts logging to standard error, which xapi-storage-script shows only with a failure.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env(LOG_VARIABLE)
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+/// Runs one call with everything it touches given: the same as [`main()`], for tests and for other front ends.
+pub fn run(
+    methods: &[Method],
+    arguments: &[OsString],
+    host: &Host,
+    stdin: &mut dyn Read,
+    stdout: &mut dyn Write,
+) -> ExitCode {
+    if arguments.get(1).is_some_and(|argument| argument == "--list-methods") {
+        let names: String = methods.iter().map(|method| format!("{}\n", method.name)).collect();
+        return written(stdout, names.as_bytes(), ExitCode::SUCCESS);
+    }
+    let answer = choose(methods, arguments).and_then(|method| call(method, host, stdin));
+    match answer {
+        Ok(value) => written(stdout, value.to_string().as_bytes(), ExitCode::SUCCESS),
+        Err(error) => {
+            let chain = error.chain();
+            tracing::error!(error = chain, "call failed");
+            let (code, params) = error.code();
+            let backtrace = json!({"error": chain, "files": [], "lines": []});
+            let value = json!({"code": code, "params": params, "backtrace": backtrace});
+            written(stdout, value.to_string().as_bytes(), ExitCode::FAILURE)
+        }
+    }
+}
+
+/// Writes the one answer; a caller that does not read it is told by the exit status.
+fn written(stdout: &mut dyn Write, bytes: &[u8], code: ExitCode) -> ExitCode {
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Ok(()) => code,
+        Err(error) => {
+            tracing::error!(%error, "the answer could not be written");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Finds the method that the arguments name. xapi spells one name in two ways (`Plugin.query`, `Plugin.Query`).
+fn choose<'a>(methods: &'a [Method], arguments: &[OsString]) -> Result<&'a Method> {
+    let named = |name: &[u8]| methods.iter().find(|method| method.name.as_bytes().eq_ignore_ascii_case(name));
+    let own_name = arguments.first().and_then(|argument| Path::new(argument).file_name());
+    if let Some(method) = own_name.and_then(|name| named(name.as_bytes())) {
+        return Ok(method);
+    }
+    let Some(argument) = arguments.get(1) else {
+        return Err(Error::BadRequest("no method: call this by a method's name, or give one as argument".to_owned()));
+    };
+    named(argument.as_bytes()).ok_or_else(|| {
+        Error::BadRequest(format!("{:?} is not a method of this plugin", Shortened(&argument.to_string_lossy())))
+    })
+}
+
+/// Reads the request and executes it.
+fn call(method: &Method, host: &Host, stdin: &mut dyn Read) -> Result<Value> {
+    let mut bytes = Vec::new();
+    stdin.read_to_end(&mut bytes).map_err(|error| Error::io("reading the request", error))?;
+    let request: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::BadRequest(format!("the request is not JSON: {}", shorten(&error.to_string()))))?;
+    if !request.is_object() {
+        return Err(Error::BadRequest("the request is not a JSON object".to_owned()));
+    }
+    // The first line is the task's name; a trace context may follow (xen-api ocaml/libs/tracing).
+    let dbg = request.get("dbg").and_then(Value::as_str).and_then(|text| text.lines().next()).unwrap_or_default();
+    let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default();
+    let span = info_span!(
+        "call",
+        method = method.name,
+        dbg = ?Shortened(dbg),
+        sr = ?Shortened(field("sr")),
+        key = ?Shortened(field("key")),
+        uri = ?Shortened(field("uri")),
+    );
+    let _entered = span.enter();
+    (method.call)(host, request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn echo(_: &Host, request: Value) -> Result<Value> {
+        Ok(request)
+    }
+
+    fn fail(_: &Host, _: Value) -> Result<Value> {
+        Err(Error::VolumeDoesNotExist("k1".to_owned()))
+    }
+
+    const METHODS: &[Method] =
+        &[Method { name: "Volume.stat", call: echo }, Method { name: "Volume.destroy", call: fail }];
+
+    /// Runs a call and gives its status (as printed, for comparison) and its answer.
+    fn call_with(arguments: &[&str], stdin: &[u8]) -> (String, String) {
+        let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+        let mut stdout = Vec::new();
+        let code = run(METHODS, &arguments, &Host::at("/nonexistent"), &mut &stdin[..], &mut stdout);
+        (format!("{code:?}"), String::from_utf8(stdout).unwrap())
+    }
+
+    #[test]
+    fn the_link_chooses_the_method_whatever_its_case() {
+        let success = format!("{:?}", ExitCode::SUCCESS);
+        for name in ["/x/Volume.stat", "Volume.Stat"] {
+            assert_eq!(call_with(&[name, "--json"], b"{}"), (success.clone(), "{}".to_owned()));
+        }
+        assert_eq!(call_with(&["/bin/plugin", "Volume.stat"], b"{}").0, success);
+    }
+
+    #[test]
+    fn an_error_is_one_complete_object_and_a_failed_exit() {
+        let (code, stdout) = call_with(&["Volume.destroy", "--json"], b"{}");
+        assert_eq!(code, format!("{:?}", ExitCode::FAILURE));
+        let value: Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!(value["code"], "Volume_does_not_exist");
+        assert_eq!(value["params"], json!(["k1"]));
+        assert_eq!(value["backtrace"], json!({"error": "volume k1 does not exist", "files": [], "lines": []}));
+    }
+
+    #[test]
+    fn a_request_that_is_not_one_json_object_is_a_bad_request() {
+        let deep = "[".repeat(100_000);
+        for request in [&b""[..], b"[]", b"{", b"{}{}", b"null", b"{\"a\":\"\xff\"}", deep.as_bytes()] {
+            let (_, stdout) = call_with(&["Volume.stat", "--json"], request);
+            assert!(stdout.contains("SR_BACKEND_FAILURE_115"), "{stdout}");
+        }
+    }
+
+    #[test]
+    fn the_methods_are_listed_one_a_line() {
+        assert_eq!(call_with(&["plugin", "--list-methods"], b"").1, "Volume.stat\nVolume.destroy\n");
+    }
+}
