@@ -1,0 +1,121 @@
+//! A storage daemon of one image in a directory of its own, gone with the value.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use fake_xapi::nbd::{Client, Options, Uri};
+use tempfile::TempDir;
+
+/// A running qemu-storage-daemon that exports one image as "disk".
+pub struct Daemon {
+    child: Child,
+    directory: TempDir,
+}
+
+impl Daemon {
+    /// Starts it over an empty qcow2 image.
+    pub fn new(size: u64) -> Self {
+        let directory = tempfile::Builder::new().prefix("fx-").tempdir().unwrap();
+        create(&directory.path().join("disk.qcow2"), size, None);
+        let child = start(directory.path());
+        Self { child, directory }
+    }
+
+    pub fn uri(&self) -> Uri {
+        Uri::new(self.directory.path().join("nbd.sock"), "disk")
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    #[allow(dead_code)]
+    pub fn image(&self) -> PathBuf {
+        self.directory.path().join("disk.qcow2")
+    }
+
+    /// Connects as soon as the daemon listens.
+    pub async fn client(&self) -> Client {
+        self.client_with(Options::default()).await
+    }
+
+    pub async fn client_with(&self, options: Options) -> Client {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match Client::connect_with(&self.uri(), options).await {
+                Ok(client) => return client,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Ends it without warning.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts it again over the image as it is.
+    #[allow(dead_code)]
+    pub fn restart(&mut self) {
+        let _ = std::fs::remove_file(self.directory.path().join("nbd.sock"));
+        self.child = start(self.directory.path());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn start(directory: &Path) -> Child {
+    let file = format!(
+        "driver=file,node-name=f,discard=unmap,filename={}",
+        directory.join("disk.qcow2").display()
+    );
+    let socket = format!(
+        "addr.type=unix,addr.path={}",
+        directory.join("nbd.sock").display()
+    );
+    Command::new("qemu-storage-daemon")
+        .args(["--blockdev", &file])
+        .args([
+            "--blockdev",
+            "driver=qcow2,node-name=q,file=f,discard=unmap",
+        ])
+        .args(["--nbd-server", &socket])
+        .args([
+            "--export",
+            "type=nbd,id=e,node-name=q,name=disk,writable=on,description=a test's disk",
+        ])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Makes an image, over another one if asked.
+pub fn create(image: &Path, size: u64, backing: Option<&str>) {
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]);
+    if let Some(backing) = backing {
+        command.args(["-F", "qcow2", "-b", backing]);
+    }
+    let status = command.arg(image).arg(size.to_string()).status().unwrap();
+    assert!(status.success());
+}
+
+/// Runs qemu-io commands on an image that nobody has open.
+#[allow(dead_code)]
+pub fn qemu_io(image: &Path, commands: &[&str]) {
+    let mut command = Command::new("qemu-io");
+    command.args(["-f", "qcow2", "-d", "unmap"]);
+    for text in commands {
+        command.args(["-c", text]);
+    }
+    let output = command.arg(image).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}

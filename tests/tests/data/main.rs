@@ -1,0 +1,6 @@
+//! The data side of fake-xapi against the real storage daemon and QEMU's own tools.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod daemon;
+mod nbd;
