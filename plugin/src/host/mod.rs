@@ -1,5 +1,6 @@
 //! This host: who it is, where it keeps its runtime state, and how it is set up.
 
+mod process;
 mod settings;
 
 use std::fs;
@@ -11,6 +12,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::id::{MirrorKey, SrUuid, VolumeKey};
+pub use process::Process;
 pub use settings::Settings;
 
 /// The variable that puts a directory before every absolute path of the host but those of SRs, so that several

@@ -49,13 +49,10 @@ impl Client {
     /// # Errors
     /// As [`Client::connect`].
     pub async fn connect_with(uri: &Uri, options: Options) -> Result<Self, Error> {
-        let mut stream =
-            UnixStream::connect(uri.socket())
-                .await
-                .map_err(|error| Error::Connect {
-                    socket: uri.socket().display().to_string(),
-                    reason: error.to_string(),
-                })?;
+        let mut stream = UnixStream::connect(uri.socket()).await.map_err(|error| Error::Connect {
+            socket: uri.socket().display().to_string(),
+            reason: error.to_string(),
+        })?;
         let export = negotiate(&mut stream, uri.export(), options).await?;
         let (requests, queue) = mpsc::channel(QUEUE);
         let (finish, finished) = watch::channel(false);
@@ -68,11 +65,7 @@ impl Client {
             shared.fail_all(error);
             finish.send_replace(true);
         });
-        Ok(Self {
-            requests,
-            export: Arc::new(export),
-            finished,
-        })
+        Ok(Self { requests, export: Arc::new(export), finished })
     }
 
     /// What the server said of the export.
@@ -93,11 +86,9 @@ impl Client {
     /// # Errors
     /// After an error with [`Error::is_uncertain`] the bytes may or may not be there.
     pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), Error> {
-        let length = u32::try_from(data.len())
-            .map_err(|_| Error::Request("more than 4 GiB in one write".to_owned()))?;
-        self.call(Command::Write, offset, length, data)
-            .await
-            .map(drop)
+        let length =
+            u32::try_from(data.len()).map_err(|_| Error::Request("more than 4 GiB in one write".to_owned()))?;
+        self.call(Command::Write, offset, length, data).await.map(drop)
     }
 
     /// Makes bytes read as zeroes.
@@ -105,9 +96,7 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub async fn write_zeroes(&self, offset: u64, length: u32) -> Result<(), Error> {
-        self.call(Command::WriteZeroes, offset, length, Bytes::new())
-            .await
-            .map(drop)
+        self.call(Command::WriteZeroes, offset, length, Bytes::new()).await.map(drop)
     }
 
     /// Says that bytes are not needed any more; each may read as before or as zero afterwards.
@@ -115,9 +104,7 @@ impl Client {
     /// # Errors
     /// As [`Client::write`].
     pub async fn trim(&self, offset: u64, length: u32) -> Result<(), Error> {
-        self.call(Command::Trim, offset, length, Bytes::new())
-            .await
-            .map(drop)
+        self.call(Command::Trim, offset, length, Bytes::new()).await.map(drop)
     }
 
     /// Makes everything that was acknowledged before this call durable.
@@ -125,9 +112,7 @@ impl Client {
     /// # Errors
     /// Nothing is promised of what was written since the flush before.
     pub async fn flush(&self) -> Result<(), Error> {
-        self.call(Command::Flush, 0, 0, Bytes::new())
-            .await
-            .map(drop)
+        self.call(Command::Flush, 0, 0, Bytes::new()).await.map(drop)
     }
 
     /// Says goodbye and waits until the server has closed the connection.
@@ -135,39 +120,18 @@ impl Client {
     /// No command may be in flight, on this or another clone: the protocol lets the server forget it.
     pub async fn disconnect(mut self) {
         let (answer, _) = oneshot::channel();
-        let goodbye = Request {
-            command: Command::Disconnect,
-            offset: 0,
-            length: 0,
-            payload: Bytes::new(),
-            answer,
-        };
+        let goodbye = Request { command: Command::Disconnect, offset: 0, length: 0, payload: Bytes::new(), answer };
         if self.requests.send(goodbye).await.is_ok() {
             // An error means that the reader is gone already, which is what is waited for.
             let _ = self.finished.wait_for(|finished| *finished).await;
         }
     }
 
-    async fn call(
-        &self,
-        command: Command,
-        offset: u64,
-        length: u32,
-        payload: Bytes,
-    ) -> Result<Bytes, Error> {
+    async fn call(&self, command: Command, offset: u64, length: u32, payload: Bytes) -> Result<Bytes, Error> {
         self.check(command, offset, length)?;
         let (answer, answered) = oneshot::channel();
         let closed = || Error::Lost("the connection was closed".to_owned());
-        self.requests
-            .send(Request {
-                command,
-                offset,
-                length,
-                payload,
-                answer,
-            })
-            .await
-            .map_err(|_| closed())?;
+        self.requests.send(Request { command, offset, length, payload, answer }).await.map_err(|_| closed())?;
         answered.await.map_err(|_| closed())?
     }
 
@@ -185,14 +149,9 @@ impl Client {
         if length == 0 {
             return Err(Error::Request(format!("{name} of no bytes")));
         }
-        if offset
-            .checked_add(u64::from(length))
-            .is_none_or(|end| end > self.export.size)
-        {
+        if offset.checked_add(u64::from(length)).is_none_or(|end| end > self.export.size) {
             let size = self.export.size;
-            return Err(Error::Request(format!(
-                "{name} of {length} bytes at {offset} of an export of {size} bytes"
-            )));
+            return Err(Error::Request(format!("{name} of {length} bytes at {offset} of an export of {size} bytes")));
         }
         let has_payload = matches!(command, Command::Read | Command::Write);
         if has_payload && length > self.export.maximum_block {
@@ -211,13 +170,7 @@ async fn send(write: OwnedWriteHalf, mut queue: mpsc::Receiver<Request>, pending
     let mut cookie = 0u64;
     while let Some(request) = queue.recv().await {
         cookie += 1;
-        let Request {
-            command,
-            offset,
-            length,
-            payload,
-            answer,
-        } = request;
+        let Request { command, offset, length, payload, answer } = request;
         let header = wire::request_header(command, cookie, offset, length);
         let goodbye = command == Command::Disconnect;
         if !goodbye && !pending.add(cookie, Waiting::new(command, offset, length, answer)) {

@@ -50,10 +50,7 @@ pub enum Error {
 impl Error {
     /// Whether it is unknown what the failed command did.
     pub fn is_uncertain(&self) -> bool {
-        matches!(
-            self,
-            Error::Lost(_) | Error::Protocol(_) | Error::Command { .. }
-        )
+        matches!(self, Error::Lost(_) | Error::Protocol(_) | Error::Command { .. })
     }
 
     /// Whether the connection can still be used.
@@ -67,33 +64,16 @@ impl fmt::Display for Error {
         match self {
             Error::Uri { text, reason } => write!(f, "not an NBD address, {reason}: {text:?}"),
             Error::Connect { socket, reason } => write!(f, "cannot connect to {socket}: {reason}"),
-            Error::Refused {
-                option,
-                reply,
-                text,
-            } if text.is_empty() => {
+            Error::Refused { option, reply, text } if text.is_empty() => {
                 write!(f, "the NBD server refused {option} with {reply}")
             }
-            Error::Refused {
-                option,
-                reply,
-                text,
-            } => {
+            Error::Refused { option, reply, text } => {
                 write!(f, "the NBD server refused {option} with {reply}: {text}")
             }
             Error::Protocol(what) => write!(f, "the NBD server broke the protocol: {what}"),
             Error::Lost(why) => write!(f, "the NBD connection is lost: {why}"),
-            Error::Command {
-                command,
-                offset,
-                length,
-                errno,
-            } => {
-                write!(
-                    f,
-                    "{command} of {length} bytes at {offset} failed with {} ({errno})",
-                    name_of(*errno)
-                )
+            Error::Command { command, offset, length, errno } => {
+                write!(f, "{command} of {length} bytes at {offset} failed with {} ({errno})", name_of(*errno))
             }
             Error::Request(what) => write!(f, "impossible NBD request: {what}"),
         }

@@ -63,26 +63,18 @@ struct OptionReply {
 }
 
 /// Negotiates an export on a fresh connection; on success the next byte from the server is a reply to a command.
-pub(super) async fn negotiate<S>(
-    stream: &mut S,
-    name: &str,
-    options: Options,
-) -> Result<Export, Error>
+pub(super) async fn negotiate<S>(stream: &mut S, name: &str, options: Options) -> Result<Export, Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let magic = stream.read_u64().await.map_err(lost)?;
     let again = stream.read_u64().await.map_err(lost)?;
     if magic != wire::GREETING_MAGIC || again != wire::OPTION_MAGIC {
-        return Err(Error::Protocol(
-            "the greeting is not newstyle NBD".to_owned(),
-        ));
+        return Err(Error::Protocol("the greeting is not newstyle NBD".to_owned()));
     }
     let offered = stream.read_u16().await.map_err(lost)?;
     if offered & wire::FIXED_NEWSTYLE == 0 {
-        return Err(Error::Protocol(
-            "the server is not fixed newstyle".to_owned(),
-        ));
+        return Err(Error::Protocol("the server is not fixed newstyle".to_owned()));
     }
     let flags = u32::from(offered & (wire::FIXED_NEWSTYLE | wire::NO_ZEROES));
     stream.write_u32(flags).await.map_err(lost)?;
@@ -100,9 +92,7 @@ where
     match reply.kind {
         wire::REP_ACK => Ok(true),
         kind if kind & wire::REP_ERROR_BIT != 0 => Ok(false),
-        kind => Err(Error::Protocol(format!(
-            "reply {kind} to NBD_OPT_STRUCTURED_REPLY"
-        ))),
+        kind => Err(Error::Protocol(format!("reply {kind} to NBD_OPT_STRUCTURED_REPLY"))),
     }
 }
 
@@ -110,8 +100,7 @@ async fn go<S>(stream: &mut S, name: &str, structured: bool) -> Result<Export, E
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let length = u32::try_from(name.len())
-        .map_err(|_| Error::Request("the export name is too long".to_owned()))?;
+    let length = u32::try_from(name.len()).map_err(|_| Error::Request("the export name is too long".to_owned()))?;
     let mut data = Vec::with_capacity(name.len() + 10);
     data.extend_from_slice(&length.to_be_bytes());
     data.extend_from_slice(name.as_bytes());
@@ -123,8 +112,7 @@ where
     let mut size_and_flags = None;
     let mut description = None;
     // What doc/proto.md lets a client assume of a server that does not tell.
-    let (mut minimum_block, mut preferred_block, mut maximum_block) =
-        (1, 4096, wire::LARGEST_PAYLOAD);
+    let (mut minimum_block, mut preferred_block, mut maximum_block) = (1, 4096, wire::LARGEST_PAYLOAD);
     loop {
         let reply = read_option_reply(stream, wire::OPT_GO).await?;
         match reply.kind {
@@ -137,9 +125,7 @@ where
                         let (flags, _) = split_u16(rest)?;
                         size_and_flags = Some((size, flags));
                     }
-                    wire::INFO_DESCRIPTION => {
-                        description = Some(String::from_utf8_lossy(rest).into_owned())
-                    }
+                    wire::INFO_DESCRIPTION => description = Some(String::from_utf8_lossy(rest).into_owned()),
                     wire::INFO_BLOCK_SIZE => {
                         let (first, rest) = split_u32(rest)?;
                         let (second, rest) = split_u32(rest)?;
@@ -160,26 +146,13 @@ where
             kind => return Err(Error::Protocol(format!("reply {kind} to NBD_OPT_GO"))),
         }
     }
-    let (size, flags) = size_and_flags
-        .ok_or_else(|| Error::Protocol("NBD_OPT_GO without NBD_INFO_EXPORT".to_owned()))?;
-    Ok(Export {
-        size,
-        flags,
-        description,
-        minimum_block,
-        preferred_block,
-        maximum_block,
-        structured,
-    })
+    let (size, flags) =
+        size_and_flags.ok_or_else(|| Error::Protocol("NBD_OPT_GO without NBD_INFO_EXPORT".to_owned()))?;
+    Ok(Export { size, flags, description, minimum_block, preferred_block, maximum_block, structured })
 }
 
-async fn send_option<S: AsyncWrite + Unpin>(
-    stream: &mut S,
-    option: u32,
-    data: &[u8],
-) -> Result<(), Error> {
-    let length = u32::try_from(data.len())
-        .map_err(|_| Error::Request("an option is too long".to_owned()))?;
+async fn send_option<S: AsyncWrite + Unpin>(stream: &mut S, option: u32, data: &[u8]) -> Result<(), Error> {
+    let length = u32::try_from(data.len()).map_err(|_| Error::Request("an option is too long".to_owned()))?;
     let mut message = Vec::with_capacity(16 + data.len());
     message.extend_from_slice(&wire::OPTION_MAGIC.to_be_bytes());
     message.extend_from_slice(&option.to_be_bytes());
@@ -188,27 +161,18 @@ async fn send_option<S: AsyncWrite + Unpin>(
     stream.write_all(&message).await.map_err(lost)
 }
 
-async fn read_option_reply<S: AsyncRead + Unpin>(
-    stream: &mut S,
-    option: u32,
-) -> Result<OptionReply, Error> {
+async fn read_option_reply<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<OptionReply, Error> {
     if stream.read_u64().await.map_err(lost)? != wire::OPTION_REPLY_MAGIC {
-        return Err(Error::Protocol(
-            "an option's reply has the wrong magic".to_owned(),
-        ));
+        return Err(Error::Protocol("an option's reply has the wrong magic".to_owned()));
     }
     let answered = stream.read_u32().await.map_err(lost)?;
     if answered != option {
-        return Err(Error::Protocol(format!(
-            "option {option} was asked for and {answered} answered"
-        )));
+        return Err(Error::Protocol(format!("option {option} was asked for and {answered} answered")));
     }
     let kind = stream.read_u32().await.map_err(lost)?;
     let length = stream.read_u32().await.map_err(lost)?;
     if length > LONGEST_OPTION_REPLY {
-        return Err(Error::Protocol(format!(
-            "an option's reply of {length} bytes"
-        )));
+        return Err(Error::Protocol(format!("an option's reply of {length} bytes")));
     }
     let mut data = vec![0; length as usize];
     stream.read_exact(&mut data).await.map_err(lost)?;

@@ -32,20 +32,8 @@ impl Waiting {
         length: u32,
         answer: oneshot::Sender<Result<Bytes, Error>>,
     ) -> Self {
-        let bytes = if command == Command::Read {
-            length as usize
-        } else {
-            0
-        };
-        Self {
-            command,
-            offset,
-            length,
-            data: BytesMut::zeroed(bytes),
-            told: 0,
-            errno: None,
-            answer,
-        }
+        let bytes = if command == Command::Read { length as usize } else { 0 };
+        Self { command, offset, length, data: BytesMut::zeroed(bytes), told: 0, errno: None, answer }
     }
 
     fn finish(self) -> Result<(), Error> {
@@ -69,19 +57,12 @@ impl Waiting {
 
     /// Where a chunk of a read belongs in its data.
     fn place(&mut self, offset: u64, length: u64) -> Result<&mut [u8], Error> {
-        let wrong = || {
-            Error::Protocol(format!(
-                "a chunk of {length} bytes at {offset} that was not asked for"
-            ))
-        };
+        let wrong = || Error::Protocol(format!("a chunk of {length} bytes at {offset} that was not asked for"));
         if self.command != Command::Read {
             return Err(wrong());
         }
         let start = offset.checked_sub(self.offset).ok_or_else(wrong)?;
-        let end = start
-            .checked_add(length)
-            .filter(|end| *end <= u64::from(self.length))
-            .ok_or_else(wrong)?;
+        let end = start.checked_add(length).filter(|end| *end <= u64::from(self.length)).ok_or_else(wrong)?;
         self.told += length;
         // In range of a u32, so of a usize.
         Ok(&mut self.data[start as usize..end as usize])
@@ -130,28 +111,16 @@ impl Shared {
 
     fn take(&self, cookie: u64) -> Result<Waiting, Error> {
         let waiting = self.lock().waiting.remove(&cookie);
-        waiting.ok_or_else(|| {
-            Error::Protocol(format!(
-                "a reply to command {cookie}, which is not in flight"
-            ))
-        })
+        waiting.ok_or_else(|| Error::Protocol(format!("a reply to command {cookie}, which is not in flight")))
     }
 
     fn put_back(&self, cookie: u64, waiting: Waiting) -> Result<(), Error> {
-        if self.add(cookie, waiting) {
-            Ok(())
-        } else {
-            Err(Error::Lost("the connection was closed".to_owned()))
-        }
+        if self.add(cookie, waiting) { Ok(()) } else { Err(Error::Lost("the connection was closed".to_owned())) }
     }
 }
 
 /// Reads replies until the connection ends; says why it ended.
-pub(super) async fn receive<R: AsyncRead + Unpin>(
-    read: R,
-    pending: &Shared,
-    structured: bool,
-) -> Error {
+pub(super) async fn receive<R: AsyncRead + Unpin>(read: R, pending: &Shared, structured: bool) -> Error {
     let mut socket = BufReader::with_capacity(64 << 10, read);
     loop {
         match one(&mut socket, pending, structured).await {
@@ -182,11 +151,7 @@ impl From<Error> for Failure {
     }
 }
 
-async fn one<R: AsyncRead + Unpin>(
-    socket: &mut R,
-    pending: &Shared,
-    structured: bool,
-) -> Result<(), Failure> {
+async fn one<R: AsyncRead + Unpin>(socket: &mut R, pending: &Shared, structured: bool) -> Result<(), Failure> {
     match socket.read_u32().await? {
         wire::SIMPLE_REPLY_MAGIC => simple(socket, pending, structured).await,
         wire::STRUCTURED_REPLY_MAGIC if structured => chunk(socket, pending).await,
@@ -194,11 +159,7 @@ async fn one<R: AsyncRead + Unpin>(
     }
 }
 
-async fn simple<R: AsyncRead + Unpin>(
-    socket: &mut R,
-    pending: &Shared,
-    structured: bool,
-) -> Result<(), Failure> {
+async fn simple<R: AsyncRead + Unpin>(socket: &mut R, pending: &Shared, structured: bool) -> Result<(), Failure> {
     let errno = socket.read_u32().await?;
     let cookie = socket.read_u64().await?;
     let mut waiting = pending.take(cookie)?;
@@ -206,10 +167,9 @@ async fn simple<R: AsyncRead + Unpin>(
         waiting.errno = Some(errno);
     } else if waiting.command == Command::Read {
         if structured {
-            return Err(Error::Protocol(
-                "a simple reply to a read after structured replies were agreed".to_owned(),
-            )
-            .into());
+            return Err(
+                Error::Protocol("a simple reply to a read after structured replies were agreed".to_owned()).into()
+            );
         }
         let (offset, length) = (waiting.offset, u64::from(waiting.length));
         socket.read_exact(waiting.place(offset, length)?).await?;
@@ -228,9 +188,7 @@ async fn chunk<R: AsyncRead + Unpin>(socket: &mut R, pending: &Shared) -> Result
         wire::CHUNK_NONE if length == 0 && flags & wire::CHUNK_DONE != 0 => {}
         wire::CHUNK_OFFSET_DATA if length > 8 => {
             let offset = socket.read_u64().await?;
-            socket
-                .read_exact(waiting.place(offset, u64::from(length) - 8)?)
-                .await?;
+            socket.read_exact(waiting.place(offset, u64::from(length) - 8)?).await?;
         }
         wire::CHUNK_OFFSET_HOLE if length == 12 => {
             let offset = socket.read_u64().await?;
@@ -246,9 +204,5 @@ async fn chunk<R: AsyncRead + Unpin>(socket: &mut R, pending: &Shared) -> Result
         }
         _ => return Err(wrong().into()),
     }
-    if flags & wire::CHUNK_DONE != 0 {
-        Ok(waiting.finish()?)
-    } else {
-        Ok(pending.put_back(cookie, waiting)?)
-    }
+    if flags & wire::CHUNK_DONE != 0 { Ok(waiting.finish()?) } else { Ok(pending.put_back(cookie, waiting)?) }
 }

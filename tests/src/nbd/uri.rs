@@ -15,10 +15,7 @@ pub struct Uri {
 impl Uri {
     /// Names an export behind a socket.
     pub fn new(socket: impl Into<PathBuf>, export: impl Into<String>) -> Self {
-        Self {
-            socket: socket.into(),
-            export: export.into(),
-        }
+        Self { socket: socket.into(), export: export.into() }
     }
 
     /// Reads an address the way xapi does (ocaml/xapi-idl/storage/storage_interface.ml): exactly four parts between colons.
@@ -26,10 +23,7 @@ impl Uri {
     /// # Errors
     /// `Error::Uri` saying which part is wrong.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        let wrong = |reason| Error::Uri {
-            text: text.to_owned(),
-            reason,
-        };
+        let wrong = |reason| Error::Uri { text: text.to_owned(), reason };
         let parts: Vec<&str> = text.split(':').collect();
         let [scheme, transport, socket, last] = parts[..] else {
             return Err(wrong("it has not four parts between colons"));
@@ -37,9 +31,8 @@ impl Uri {
         if scheme != "nbd" || transport != "unix" {
             return Err(wrong("it does not begin with nbd:unix:"));
         }
-        let export = last
-            .strip_prefix("exportname=")
-            .ok_or_else(|| wrong("its last part is not exportname=<name>"))?;
+        let export =
+            last.strip_prefix("exportname=").ok_or_else(|| wrong("its last part is not exportname=<name>"))?;
         if export.is_empty() || export.contains("exportname=") {
             return Err(wrong("its export name is unusable"));
         }
@@ -62,12 +55,7 @@ impl Uri {
 
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "nbd:unix:{}:exportname={}",
-            self.socket.display(),
-            self.export
-        )
+        write!(f, "nbd:unix:{}:exportname={}", self.socket.display(), self.export)
     }
 }
 

@@ -31,29 +31,16 @@ pub trait Machine {
 ///
 /// # Errors
 /// The first step that fails, by its number.
-pub async fn run<M: Machine>(
-    plan: &Plan,
-    machine: &mut M,
-    mut done: impl FnMut(usize),
-) -> Result<()> {
-    let mut clients = Clients {
-        connected: BTreeMap::new(),
-    };
+pub async fn run<M: Machine>(plan: &Plan, machine: &mut M, mut done: impl FnMut(usize)) -> Result<()> {
+    let mut clients = Clients { connected: BTreeMap::new() };
     for (index, step) in plan.steps.iter().enumerate() {
-        one(plan, step, machine, &mut clients)
-            .await
-            .with_context(|| format!("steps[{index}]: {step:?}"))?;
+        one(plan, step, machine, &mut clients).await.with_context(|| format!("steps[{index}]: {step:?}"))?;
         done(index + 1);
     }
     clients.leave_all().await
 }
 
-async fn one<M: Machine>(
-    plan: &Plan,
-    step: &Step,
-    machine: &mut M,
-    clients: &mut Clients,
-) -> Result<()> {
+async fn one<M: Machine>(plan: &Plan, step: &Step, machine: &mut M, clients: &mut Clients) -> Result<()> {
     match step {
         Step::Snapshot(name) => {
             if plan.halted {
@@ -65,10 +52,7 @@ async fn one<M: Machine>(
             clients.leave_all().await?;
             machine.revert(name).await
         }
-        Step::Disk {
-            disk,
-            action: Action::Resize(size),
-        } => {
+        Step::Disk { disk, action: Action::Resize(size) } => {
             clients.leave(*disk).await?;
             machine.resize(*disk, *size).await
         }
@@ -108,10 +92,7 @@ fn pieces(range: Extent) -> impl Iterator<Item = Extent> {
     let mut offset = range.offset;
     std::iter::from_fn(move || {
         let end = range.end().min((offset / PIECE + 1) * PIECE);
-        let piece = Extent {
-            offset,
-            length: end.checked_sub(offset).filter(|length| *length > 0)?,
-        };
+        let piece = Extent { offset, length: end.checked_sub(offset).filter(|length| *length > 0)? };
         offset = end;
         Some(piece)
     })
@@ -155,21 +136,9 @@ mod tests {
 
     #[test]
     fn pieces_cover_an_extent_and_end_at_round_offsets() {
-        let range = Extent {
-            offset: PIECE - 3,
-            length: PIECE + 10,
-        };
-        let cut: Vec<_> = pieces(range)
-            .map(|piece| (piece.offset, piece.length))
-            .collect();
+        let range = Extent { offset: PIECE - 3, length: PIECE + 10 };
+        let cut: Vec<_> = pieces(range).map(|piece| (piece.offset, piece.length)).collect();
         assert_eq!(cut, [(PIECE - 3, 3), (PIECE, PIECE), (2 * PIECE, 7)]);
-        assert_eq!(
-            pieces(Extent {
-                offset: 5,
-                length: 0
-            })
-            .count(),
-            0
-        );
+        assert_eq!(pieces(Extent { offset: 5, length: 0 }).count(), 0);
     }
 }

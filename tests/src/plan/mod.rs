@@ -131,9 +131,7 @@ impl Plan {
     pub fn model(&self) -> Result<Model, Error> {
         let mut model = Model::new(&self.disks)?;
         for (index, step) in self.steps.iter().enumerate() {
-            model
-                .apply(step)
-                .map_err(|reason| Error(format!("steps[{index}]: {reason}")))?;
+            model.apply(step).map_err(|reason| Error(format!("steps[{index}]: {reason}")))?;
         }
         Ok(model)
     }

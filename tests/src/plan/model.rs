@@ -41,11 +41,7 @@ pub struct Mismatch {
 
 impl std::fmt::Display for Mismatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "byte {} is {:#04x}, not {:#04x}",
-            self.offset, self.found, self.expected
-        )
+        write!(f, "byte {} is {:#04x}, not {:#04x}", self.offset, self.found, self.expected)
     }
 }
 
@@ -61,18 +57,8 @@ impl Model {
         if let Some(index) = sizes.iter().position(|size| *size == 0) {
             return Err(Error(format!("disk {index} has no bytes")));
         }
-        let disks = sizes
-            .iter()
-            .map(|size| Disk {
-                size: *size,
-                history: Vec::new(),
-            })
-            .collect();
-        Ok(Self {
-            disks,
-            parent: None,
-            snapshots: BTreeMap::new(),
-        })
+        let disks = sizes.iter().map(|size| Disk { size: *size, history: Vec::new() }).collect();
+        Ok(Self { disks, parent: None, snapshots: BTreeMap::new() })
     }
 
     /// Does one step.
@@ -88,25 +74,17 @@ impl Model {
                 return Err(format!("the name {name:?} is taken by an earlier snapshot"));
             }
             Step::Snapshot(name) => {
-                let snapshot = Snapshot {
-                    parent: self.parent.replace(name.clone()),
-                    disks: self.disks.clone(),
-                };
+                let snapshot = Snapshot { parent: self.parent.replace(name.clone()), disks: self.disks.clone() };
                 self.snapshots.insert(name.clone(), snapshot);
             }
             Step::Revert(name) => {
-                let snapshot = self
-                    .snapshots
-                    .get(name)
-                    .ok_or_else(|| format!("there is no snapshot {name:?} to revert to"))?;
+                let snapshot =
+                    self.snapshots.get(name).ok_or_else(|| format!("there is no snapshot {name:?} to revert to"))?;
                 self.disks.clone_from(&snapshot.disks);
                 self.parent = Some(name.clone());
             }
             Step::Disk { disk, action } => {
-                self.disks
-                    .get_mut(*disk)
-                    .ok_or_else(|| format!("there is no disk {disk}"))?
-                    .apply(*action)?;
+                self.disks.get_mut(*disk).ok_or_else(|| format!("there is no disk {disk}"))?.apply(*action)?;
             }
         }
         Ok(())
@@ -141,10 +119,7 @@ impl Model {
 impl Disk {
     /// A blank disk.
     pub fn blank(size: u64) -> Self {
-        Self {
-            size,
-            history: Vec::new(),
-        }
+        Self { size, history: Vec::new() }
     }
 
     fn apply(&mut self, action: Action) -> Result<(), String> {
@@ -155,17 +130,11 @@ impl Disk {
                     return Err("no bytes".to_owned());
                 }
                 if offset.checked_add(length).is_none_or(|end| end > self.size) {
-                    return Err(format!(
-                        "{length} bytes at {offset} of a disk of {} bytes",
-                        self.size
-                    ));
+                    return Err(format!("{length} bytes at {offset} of a disk of {} bytes", self.size));
                 }
             }
             Action::Resize(size) if size < self.size => {
-                return Err(format!(
-                    "disks only grow, from {} bytes not to {size}",
-                    self.size
-                ));
+                return Err(format!("disks only grow, from {} bytes not to {size}", self.size));
             }
             Action::Resize(size) => self.size = size,
         }
@@ -190,17 +159,9 @@ impl Disk {
         }
         for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let place = offset + index as u64;
-            let discarded = || {
-                may_be_zero
-                    .iter()
-                    .any(|range| (range.offset..range.end()).contains(&place))
-            };
+            let discarded = || may_be_zero.iter().any(|range| (range.offset..range.end()).contains(&place));
             if found != expected && !(*found == 0 && discarded()) {
-                return Err(Mismatch {
-                    offset: place,
-                    found: *found,
-                    expected: *expected,
-                });
+                return Err(Mismatch { offset: place, found: *found, expected: *expected });
             }
         }
         Ok(())
@@ -211,9 +172,7 @@ impl Disk {
         let end = offset + buffer.len() as u64;
         let mut may_be_zero = Vec::new();
         for action in &self.history {
-            let (Action::Write { range, .. } | Action::Discard(range) | Action::Zero(range)) =
-                *action
-            else {
+            let (Action::Write { range, .. } | Action::Discard(range) | Action::Zero(range)) = *action else {
                 continue;
             };
             let (from, to) = (range.offset.max(offset), range.end().min(end));
@@ -223,10 +182,7 @@ impl Disk {
             let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
             match action {
                 Action::Discard(_) => {
-                    may_be_zero.push(Extent {
-                        offset: from,
-                        length: to - from,
-                    });
+                    may_be_zero.push(Extent { offset: from, length: to - from });
                     continue;
                 }
                 Action::Write { seed, .. } => fill(part, from, *seed),
@@ -242,15 +198,9 @@ impl Disk {
 fn cut_out(extents: Vec<Extent>, from: u64, to: u64) -> Vec<Extent> {
     let mut left = Vec::with_capacity(extents.len());
     for extent in extents {
-        for (start, end) in [
-            (extent.offset, extent.end().min(from)),
-            (extent.offset.max(to), extent.end()),
-        ] {
+        for (start, end) in [(extent.offset, extent.end().min(from)), (extent.offset.max(to), extent.end())] {
             if start < end {
-                left.push(Extent {
-                    offset: start,
-                    length: end - start,
-                });
+                left.push(Extent { offset: start, length: end - start });
             }
         }
     }
@@ -274,8 +224,8 @@ pub fn fill(buffer: &mut [u8], offset: u64, seed: u64) {
 
 /// Sebastiano Vigna's splitmix64 at one place of its sequence.
 fn word(seed: u64, index: u64) -> u64 {
-    let mut z = (seed ^ 0x5851_f42d_4c95_7f2d)
-        .wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mut z =
+        (seed ^ 0x5851_f42d_4c95_7f2d).wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -299,22 +249,10 @@ mod tests {
 
     #[test]
     fn bytes_do_not_depend_on_how_a_read_is_cut() {
-        let disk = disk(&[
-            Action::Write {
-                range: extent(3, 50),
-                seed: 9,
-            },
-            Action::Zero(extent(10, 5)),
-        ]);
+        let disk = disk(&[Action::Write { range: extent(3, 50), seed: 9 }, Action::Zero(extent(10, 5))]);
         let mut whole = vec![0; 64];
         disk.render(0, &mut whole);
-        assert!(
-            whole[..3]
-                .iter()
-                .chain(&whole[10..15])
-                .chain(&whole[53..])
-                .all(|byte| *byte == 0)
-        );
+        assert!(whole[..3].iter().chain(&whole[10..15]).chain(&whole[53..]).all(|byte| *byte == 0));
         for offset in 0..64 {
             let mut part = vec![0; 7.min(64 - offset)];
             disk.render(offset as u64, &mut part);
@@ -324,15 +262,8 @@ mod tests {
 
     #[test]
     fn a_discarded_byte_may_be_as_before_or_zero_until_it_is_written_again() {
-        let write = |offset, length, seed| Action::Write {
-            range: extent(offset, length),
-            seed,
-        };
-        let disk = disk(&[
-            write(0, 32, 1),
-            Action::Discard(extent(8, 16)),
-            write(16, 4, 2),
-        ]);
+        let write = |offset, length, seed| Action::Write { range: extent(offset, length), seed };
+        let disk = disk(&[write(0, 32, 1), Action::Discard(extent(8, 16)), write(16, 4, 2)]);
         let mut bytes = vec![0; 64];
         let maybe = disk.render(0, &mut bytes);
         assert_eq!(maybe, [extent(8, 8), extent(20, 4)]);
@@ -340,14 +271,7 @@ mod tests {
         bytes[8..16].fill(0);
         disk.check(0, &bytes).unwrap();
         let old = std::mem::replace(&mut bytes[17], 0);
-        assert_eq!(
-            disk.check(0, &bytes).unwrap_err(),
-            Mismatch {
-                offset: 17,
-                found: 0,
-                expected: old
-            }
-        );
+        assert_eq!(disk.check(0, &bytes).unwrap_err(), Mismatch { offset: 17, found: 0, expected: old });
         bytes[17] = old;
         bytes[9] = 1;
         assert_eq!(disk.check(0, &bytes).unwrap_err().offset, 9);
@@ -358,10 +282,7 @@ mod tests {
         let mut model = Model::new(&[64]).unwrap();
         let on_disk = |action| Step::Disk { disk: 0, action };
         for step in [
-            on_disk(Action::Write {
-                range: extent(0, 8),
-                seed: 1,
-            }),
+            on_disk(Action::Write { range: extent(0, 8), seed: 1 }),
             Step::Snapshot("a".into()),
             on_disk(Action::Resize(128)),
             Step::Snapshot("b".into()),
@@ -374,13 +295,6 @@ mod tests {
         assert_eq!(model.disks_of("b").unwrap()[0].size(), 128);
         assert_eq!(model.disks_of("c"), model.disks_of("a"));
         assert_eq!(model.parent(), Some("c"));
-        assert_eq!(
-            (
-                model.parent_of("b"),
-                model.parent_of("c"),
-                model.parent_of("a")
-            ),
-            (Some("a"), Some("a"), None)
-        );
+        assert_eq!((model.parent_of("b"), model.parent_of("c"), model.parent_of("a")), (Some("a"), Some("a"), None));
     }
 }

@@ -58,45 +58,23 @@ struct RawExtent {
 }
 
 pub(super) fn read(json: &[u8]) -> Result<Plan, Error> {
-    let raw: RawPlan =
-        serde_json::from_slice(json).map_err(|error| Error(format!("the plan: {error}")))?;
+    let raw: RawPlan = serde_json::from_slice(json).map_err(|error| Error(format!("the plan: {error}")))?;
     let disks = match (raw.disks, raw.size) {
         (Some(disks), size) => {
-            let read = |(index, value)| {
-                read_disk(value, size).map_err(|why| Error(format!("disks[{index}]: {why}")))
-            };
-            disks
-                .into_iter()
-                .enumerate()
-                .map(read)
-                .collect::<Result<Vec<_>, _>>()?
+            let read = |(index, value)| read_disk(value, size).map_err(|why| Error(format!("disks[{index}]: {why}")));
+            disks.into_iter().enumerate().map(read).collect::<Result<Vec<_>, _>>()?
         }
         (None, Some(size)) => vec![size],
         (None, None) => {
-            return Err(Error(
-                "the plan: neither `size` nor `disks` is given".to_owned(),
-            ));
+            return Err(Error("the plan: neither `size` nor `disks` is given".to_owned()));
         }
     };
     let count = disks.len();
-    let read = |(index, value)| {
-        read_step(value, count).map_err(|why| Error(format!("steps[{index}]: {why}")))
-    };
-    let steps = raw
-        .steps
-        .into_iter()
-        .enumerate()
-        .map(read)
-        .collect::<Result<Vec<_>, _>>()?;
-    let guest = raw.guest.map(|guest| GuestPlan {
-        writes_per_second: guest.writes_per_second.filter(|writes| *writes > 0),
-    });
-    Ok(Plan {
-        disks,
-        steps,
-        guest,
-        halted: raw.halted,
-    })
+    let read = |(index, value)| read_step(value, count).map_err(|why| Error(format!("steps[{index}]: {why}")));
+    let steps = raw.steps.into_iter().enumerate().map(read).collect::<Result<Vec<_>, _>>()?;
+    let guest =
+        raw.guest.map(|guest| GuestPlan { writes_per_second: guest.writes_per_second.filter(|writes| *writes > 0) });
+    Ok(Plan { disks, steps, guest, halted: raw.halted })
 }
 
 /// A disk without a size of its own has the plan's.
@@ -105,21 +83,12 @@ fn read_disk(value: Value, size: Option<u64>) -> Result<u64, String> {
         return Ok(size);
     }
     let disk: RawDisk = serde_json::from_value(value).map_err(|error| error.to_string())?;
-    disk.size
-        .or(size)
-        .ok_or_else(|| "it has no size, and neither has the plan".to_owned())
+    disk.size.or(size).ok_or_else(|| "it has no size, and neither has the plan".to_owned())
 }
 
 fn read_step(value: Value, disks: usize) -> Result<Step, String> {
-    let RawStep {
-        disk,
-        write,
-        discard,
-        zero,
-        resize,
-        snapshot,
-        revert,
-    } = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    let RawStep { disk, write, discard, zero, resize, snapshot, revert } =
+        serde_json::from_value(value).map_err(|error| error.to_string())?;
     let place = |inner: Option<usize>| {
         let disk = match (disk, inner) {
             (Some(outer), Some(inner)) if outer != inner => {
@@ -127,57 +96,22 @@ fn read_step(value: Value, disks: usize) -> Result<Step, String> {
             }
             (outer, inner) => outer.or(inner).unwrap_or(0),
         };
-        if disk < disks {
-            Ok(disk)
-        } else {
-            Err(format!("there is no disk {disk}, only {disks}"))
-        }
+        if disk < disks { Ok(disk) } else { Err(format!("there is no disk {disk}, only {disks}")) }
     };
     place(None)?;
     let mut found = Vec::new();
-    if let Some(RawWrite {
-        disk,
-        offset,
-        length,
-        seed,
-    }) = write
-    {
-        let action = Action::Write {
-            range: Extent { offset, length },
-            seed,
-        };
-        found.push(Step::Disk {
-            disk: place(disk)?,
-            action,
-        });
+    if let Some(RawWrite { disk, offset, length, seed }) = write {
+        let action = Action::Write { range: Extent { offset, length }, seed };
+        found.push(Step::Disk { disk: place(disk)?, action });
     }
-    if let Some(RawExtent {
-        disk,
-        offset,
-        length,
-    }) = discard
-    {
-        found.push(Step::Disk {
-            disk: place(disk)?,
-            action: Action::Discard(Extent { offset, length }),
-        });
+    if let Some(RawExtent { disk, offset, length }) = discard {
+        found.push(Step::Disk { disk: place(disk)?, action: Action::Discard(Extent { offset, length }) });
     }
-    if let Some(RawExtent {
-        disk,
-        offset,
-        length,
-    }) = zero
-    {
-        found.push(Step::Disk {
-            disk: place(disk)?,
-            action: Action::Zero(Extent { offset, length }),
-        });
+    if let Some(RawExtent { disk, offset, length }) = zero {
+        found.push(Step::Disk { disk: place(disk)?, action: Action::Zero(Extent { offset, length }) });
     }
     if let Some(size) = resize {
-        found.push(Step::Disk {
-            disk: place(None)?,
-            action: Action::Resize(size),
-        });
+        found.push(Step::Disk { disk: place(None)?, action: Action::Resize(size) });
     }
     found.extend(snapshot.map(Step::Snapshot));
     found.extend(revert.map(Step::Revert));
@@ -231,12 +165,7 @@ mod tests {
         .unwrap();
         assert_eq!(plan.disks, [8192]);
         assert_eq!(plan.steps.len(), 6);
-        assert_eq!(
-            plan.guest,
-            Some(GuestPlan {
-                writes_per_second: None
-            })
-        );
+        assert_eq!(plan.guest, Some(GuestPlan { writes_per_second: None }));
         assert!(plan.halted);
         let written = plan.to_json().to_string();
         assert_eq!(Plan::parse(written.as_bytes()).unwrap(), plan);
@@ -250,13 +179,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(plan.steps[0], plan.steps[1]);
-        assert_eq!(
-            plan.steps[2],
-            Step::Disk {
-                disk: 0,
-                action: Action::Resize(8192)
-            }
-        );
+        assert_eq!(plan.steps[2], Step::Disk { disk: 0, action: Action::Resize(8192) });
         assert_eq!(plan.guest, None);
     }
 
@@ -264,56 +187,20 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (plan, words) in [
             (r#"{"steps": []}"#, "neither `size` nor `disks`"),
-            (
-                r#"{"size": 4096, "steps": [], "hallted": true}"#,
-                "unknown field `hallted`",
-            ),
+            (r#"{"size": 4096, "steps": [], "hallted": true}"#, "unknown field `hallted`"),
             (r#"{"size": 0, "steps": []}"#, "disk 0 has no bytes"),
             (r#"{"disks": [], "steps": []}"#, "no disk"),
-            (
-                r#"{"disks": [{}], "steps": []}"#,
-                "disks[0]: it has no size",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"snapshot": "a"}, {}]}"#,
-                "steps[1]: it is none of",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"snapshot": "a", "resize": 8192}]}"#,
-                "steps[0]: it is 2 steps",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"zero": {"offset": 4096, "length": 1}}]}"#,
-                "steps[0]: 1 bytes at 4096",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"zero": {"offset": 0, "length": 0}}]}"#,
-                "steps[0]: no bytes",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"zero": {"offset": -1, "length": 1}}]}"#,
-                "steps[0]: ",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"snapshot": "a"}, {"snapshot": "a"}]}"#,
-                "\"a\" is taken",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"snapshot": ""}]}"#,
-                "without a name",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"revert": "b"}]}"#,
-                "no snapshot \"b\"",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"resize": 1024}]}"#,
-                "only grow",
-            ),
-            (
-                r#"{"size": 4096, "steps": [{"disk": 1, "resize": 8192}]}"#,
-                "there is no disk 1",
-            ),
+            (r#"{"disks": [{}], "steps": []}"#, "disks[0]: it has no size"),
+            (r#"{"size": 4096, "steps": [{"snapshot": "a"}, {}]}"#, "steps[1]: it is none of"),
+            (r#"{"size": 4096, "steps": [{"snapshot": "a", "resize": 8192}]}"#, "steps[0]: it is 2 steps"),
+            (r#"{"size": 4096, "steps": [{"zero": {"offset": 4096, "length": 1}}]}"#, "steps[0]: 1 bytes at 4096"),
+            (r#"{"size": 4096, "steps": [{"zero": {"offset": 0, "length": 0}}]}"#, "steps[0]: no bytes"),
+            (r#"{"size": 4096, "steps": [{"zero": {"offset": -1, "length": 1}}]}"#, "steps[0]: "),
+            (r#"{"size": 4096, "steps": [{"snapshot": "a"}, {"snapshot": "a"}]}"#, "\"a\" is taken"),
+            (r#"{"size": 4096, "steps": [{"snapshot": ""}]}"#, "without a name"),
+            (r#"{"size": 4096, "steps": [{"revert": "b"}]}"#, "no snapshot \"b\""),
+            (r#"{"size": 4096, "steps": [{"resize": 1024}]}"#, "only grow"),
+            (r#"{"size": 4096, "steps": [{"disk": 1, "resize": 8192}]}"#, "there is no disk 1"),
             (
                 r#"{"disks": [1, 1], "steps": [{"disk": 1, "zero": {"disk": 0, "offset": 0, "length": 1}}]}"#,
                 "disk 1 and disk 0",

@@ -73,25 +73,13 @@ impl Drop for Daemon {
 }
 
 fn start(directory: &Path) -> Child {
-    let file = format!(
-        "driver=file,node-name=f,discard=unmap,filename={}",
-        directory.join("disk.qcow2").display()
-    );
-    let socket = format!(
-        "addr.type=unix,addr.path={}",
-        directory.join("nbd.sock").display()
-    );
+    let file = format!("driver=file,node-name=f,discard=unmap,filename={}", directory.join("disk.qcow2").display());
+    let socket = format!("addr.type=unix,addr.path={}", directory.join("nbd.sock").display());
     Command::new("qemu-storage-daemon")
         .args(["--blockdev", &file])
-        .args([
-            "--blockdev",
-            "driver=qcow2,node-name=q,file=f,discard=unmap",
-        ])
+        .args(["--blockdev", "driver=qcow2,node-name=q,file=f,discard=unmap"])
         .args(["--nbd-server", &socket])
-        .args([
-            "--export",
-            "type=nbd,id=e,node-name=q,name=disk,writable=on,description=a test's disk",
-        ])
+        .args(["--export", "type=nbd,id=e,node-name=q,name=disk,writable=on,description=a test's disk"])
         .stdin(Stdio::null())
         .spawn()
         .unwrap()

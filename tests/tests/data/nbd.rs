@@ -18,10 +18,7 @@ async fn the_export_is_told_with_its_size_description_and_block_sizes() {
     assert_eq!(export.description.as_deref(), Some("a test's disk"));
     assert!(!export.read_only());
     assert!(export.structured);
-    assert!(
-        export.minimum_block <= export.preferred_block
-            && export.preferred_block <= export.maximum_block
-    );
+    assert!(export.minimum_block <= export.preferred_block && export.preferred_block <= export.maximum_block);
     client.disconnect().await;
 }
 
@@ -31,10 +28,7 @@ async fn what_is_written_zeroed_and_trimmed_is_read_back_with_either_kind_of_rep
         let daemon = Daemon::new(4 * MIB);
         let client = daemon.client_with(Options { structured }).await;
         assert_eq!(client.export().structured, structured);
-        client
-            .write(65536, Bytes::from(vec![7; 3 * 65536]))
-            .await
-            .unwrap();
+        client.write(65536, Bytes::from(vec![7; 3 * 65536])).await.unwrap();
         client.write_zeroes(2 * 65536, 65536).await.unwrap();
         client.flush().await.unwrap();
         let mut expected = vec![0; 5 * 65536];
@@ -73,10 +67,7 @@ async fn an_unknown_export_and_an_absent_socket_are_told_apart() {
     daemon.client().await.disconnect().await;
     let other = Uri::new(daemon.uri().socket(), "other");
     let error = Client::connect(&other).await.unwrap_err();
-    assert!(
-        matches!(&error, Error::Refused { reply, .. } if reply == "NBD_REP_ERR_UNKNOWN"),
-        "{error}"
-    );
+    assert!(matches!(&error, Error::Refused { reply, .. } if reply == "NBD_REP_ERR_UNKNOWN"), "{error}");
     let nowhere = Uri::new(daemon.path().join("no.sock"), "disk");
     let error = Client::connect(&nowhere).await.unwrap_err();
     assert!(matches!(error, Error::Connect { .. }), "{error}");
@@ -102,10 +93,7 @@ async fn a_killed_server_fails_every_command_in_flight_and_every_later_one() {
         let client = client.clone();
         tasks.push(tokio::spawn(async move {
             loop {
-                if let Err(error) = client
-                    .write(index * MIB, Bytes::from(vec![1; 1 << 20]))
-                    .await
-                {
+                if let Err(error) = client.write(index * MIB, Bytes::from(vec![1; 1 << 20])).await {
                     return error;
                 }
             }
@@ -114,10 +102,7 @@ async fn a_killed_server_fails_every_command_in_flight_and_every_later_one() {
     client.read(0, 4096).await.unwrap();
     daemon.kill();
     for task in tasks {
-        let error = tokio::time::timeout(Duration::from_secs(20), task)
-            .await
-            .unwrap()
-            .unwrap();
+        let error = tokio::time::timeout(Duration::from_secs(20), task).await.unwrap().unwrap();
         assert!(matches!(error, Error::Lost(_)), "{error}");
         assert!(error.is_uncertain() && error.is_fatal());
     }
@@ -132,15 +117,10 @@ async fn a_server_that_is_not_nbd_is_a_protocol_error() {
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();
     let server = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
-        stream
-            .write_all(b"HTTP/1.0 500 Internal Server Error\r\n\r\n")
-            .await
-            .unwrap();
+        stream.write_all(b"HTTP/1.0 500 Internal Server Error\r\n\r\n").await.unwrap();
         stream
     });
-    let error = Client::connect(&Uri::new(&socket, "disk"))
-        .await
-        .unwrap_err();
+    let error = Client::connect(&Uri::new(&socket, "disk")).await.unwrap_err();
     assert!(matches!(error, Error::Protocol(_)), "{error}");
     server.await.unwrap();
 }
