@@ -1,4 +1,17 @@
 //! Plays xapi and xapi-storage-script against a SMAPIv3 plugin, strictly.
+//!
+//! ```text
+//!   sxm        the three flows of a storage migration, with xapi's clean-up
+//!    |    db   VMs, their snapshots, their disks
+//!   smapiv2    SR, VDI, DP and DATA calls, as xapi-storage-script turns them into scripts
+//!   host       plugin directories, SRs, HTTP server, NBD proxies of one host
+//!   script     runs one script: records it, injects faults
+//!   wire       encoding and decoding, no I/O
+//! ```
+//!
+//! Each layer uses only those below it. Nothing here shares a type with the plugins.
 
 pub mod nbd;
 pub mod plan;
+pub mod script;
+pub mod wire;
