@@ -11,6 +11,7 @@
 //!
 //! Each layer uses only those below it. Nothing here shares a type with the plugins.
 
+pub mod guest;
 pub mod nbd;
 pub mod plan;
 pub mod script;

@@ -30,7 +30,6 @@ impl Daemon {
         self.directory.path()
     }
 
-    #[allow(dead_code)]
     pub fn image(&self) -> PathBuf {
         self.directory.path().join("disk.qcow2")
     }
@@ -58,7 +57,6 @@ impl Daemon {
     }
 
     /// Starts it again over the image as it is.
-    #[allow(dead_code)]
     pub fn restart(&mut self) {
         let _ = std::fs::remove_file(self.directory.path().join("nbd.sock"));
         self.child = start(self.directory.path());

@@ -1,0 +1,221 @@
+//! What a guest remembers of each block: the last acknowledged record, and all that may be there instead.
+
+use super::record::{self, BLOCK, Found};
+use crate::plan::Extent;
+
+/// What a command left in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// The record of this number.
+    Record(u64),
+    /// Zeroes.
+    Zeroes,
+    /// Zeroes, or what was there before.
+    Trimmed,
+}
+
+/// Which writes must have survived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Every acknowledged one: after a migration, a suspension, an orderly stop.
+    Acknowledged,
+    /// Every one that a flush covered: after the storage daemon was killed.
+    Flushed,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    mark: Mark,
+    /// The how-manieth acknowledged command it was; `None` while in flight, and for ever if it failed.
+    acknowledged: Option<u64>,
+}
+
+/// The memory of one guest.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    region: Extent,
+    seed: u64,
+    flushes: bool,
+    blocks: Vec<Vec<Entry>>,
+    acknowledged: u64,
+    /// Commands up to this how-manieth acknowledged one are covered by a flush.
+    flushed: u64,
+}
+
+/// A block that does not hold what it must.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Where the block begins, in bytes.
+    pub offset: u64,
+    /// What it may hold.
+    pub allowed: Vec<Mark>,
+    /// What it holds.
+    pub found: Found,
+}
+
+impl std::fmt::Display for Violation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "block at {}: {:?} found, one of {:?} expected", self.offset, self.found, self.allowed)
+    }
+}
+
+impl Ledger {
+    /// A guest that has written nothing; without flushes what is older than an acknowledged command is forgotten at once.
+    pub(super) fn new(region: Extent, seed: u64, flushes: bool) -> Self {
+        let blocks = vec![Vec::new(); (region.length / BLOCK) as usize];
+        Self { region, seed, flushes, blocks, acknowledged: 0, flushed: 0 }
+    }
+
+    /// The bytes that the guest writes to.
+    pub fn region(&self) -> Extent {
+        self.region
+    }
+
+    /// How many blocks the guest has touched.
+    pub fn touched(&self) -> usize {
+        self.blocks.iter().filter(|entries| !entries.is_empty()).count()
+    }
+
+    /// Whether the guest may have changed a byte.
+    pub fn may_have_changed(&self, offset: u64) -> bool {
+        let block = offset.checked_sub(self.region.offset).map(|place| (place / BLOCK) as usize);
+        block.and_then(|block| self.blocks.get(block)).is_some_and(|entries| !entries.is_empty())
+    }
+
+    /// Notes a command before it is sent.
+    pub(super) fn begin(&mut self, block: usize, mark: Mark) {
+        let flushed = if self.flushes { self.flushed } else { u64::MAX };
+        let entries = &mut self.blocks[block];
+        if let Some(base) = base(entries, flushed) {
+            entries.drain(..base);
+        }
+        entries.push(Entry { mark, acknowledged: None });
+    }
+
+    /// Notes that the block's last command was acknowledged.
+    pub(super) fn acknowledge(&mut self, block: usize) {
+        self.acknowledged += 1;
+        if let Some(entry) = self.blocks[block].last_mut() {
+            entry.acknowledged = Some(self.acknowledged);
+        }
+    }
+
+    /// What a flush that is sent now will cover.
+    pub(super) fn coverage(&self) -> u64 {
+        self.acknowledged
+    }
+
+    /// Notes that a flush of that coverage was acknowledged.
+    pub(super) fn flushed(&mut self, coverage: u64) {
+        self.flushed = self.flushed.max(coverage);
+    }
+
+    /// Checks what a block holds; true if it had to hold anything in particular.
+    ///
+    /// # Errors
+    /// If it holds something else.
+    pub fn check(&self, offset: u64, data: &[u8], durability: Durability) -> Result<bool, Violation> {
+        let Some(entries) = offset
+            .checked_sub(self.region.offset)
+            .and_then(|place| self.blocks.get((place / BLOCK) as usize))
+            .filter(|entries| !entries.is_empty())
+        else {
+            return Ok(false);
+        };
+        let limit = match durability {
+            Durability::Acknowledged => u64::MAX,
+            Durability::Flushed => self.flushed,
+        };
+        // Nothing is known of a block that no command has surely reached: it may be as it was before the guest.
+        let Some(base) = base(entries, limit) else { return Ok(false) };
+        let found = record::read(data, offset, self.seed);
+        let fits = |mark: &Mark| match (mark, found) {
+            (Mark::Record(number), Found::Record(there)) => *number == there,
+            (Mark::Zeroes | Mark::Trimmed, Found::Zeroes) => true,
+            _ => false,
+        };
+        let allowed: Vec<Mark> = entries[base..].iter().map(|entry| entry.mark).collect();
+        if allowed.iter().any(fits) { Ok(true) } else { Err(Violation { offset, allowed, found }) }
+    }
+}
+
+/// The last entry that surely replaced all before it, among those acknowledged up to a limit.
+fn base(entries: &[Entry], limit: u64) -> Option<usize> {
+    entries
+        .iter()
+        .rposition(|entry| entry.mark != Mark::Trimmed && entry.acknowledged.is_some_and(|ordinal| ordinal <= limit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger() -> Ledger {
+        Ledger::new(Extent { offset: 8192, length: 4 * BLOCK }, 1, true)
+    }
+
+    fn holds(ledger: &Ledger, number: u64, durability: Durability) -> bool {
+        ledger.check(8192, &record::make(number, 8192, 1), durability).is_ok()
+    }
+
+    #[test]
+    fn an_acknowledged_record_must_be_there_and_one_in_flight_may() {
+        let mut ledger = ledger();
+        assert_eq!(ledger.check(8192, &[1; 4096], Durability::Acknowledged), Ok(false));
+        ledger.begin(0, Mark::Record(1));
+        assert_eq!(ledger.check(8192, &[1; 4096], Durability::Acknowledged), Ok(false));
+        ledger.acknowledge(0);
+        ledger.begin(0, Mark::Record(2));
+        assert!(holds(&ledger, 1, Durability::Acknowledged) && holds(&ledger, 2, Durability::Acknowledged));
+        assert!(ledger.check(8192, &[0; 4096], Durability::Acknowledged).is_err());
+        ledger.acknowledge(0);
+        assert!(!holds(&ledger, 1, Durability::Acknowledged) && holds(&ledger, 2, Durability::Acknowledged));
+        assert!(ledger.may_have_changed(8192 + 4095) && !ledger.may_have_changed(8192 + 4096));
+        assert!(!ledger.may_have_changed(0) && !ledger.may_have_changed(1 << 40));
+    }
+
+    #[test]
+    fn a_crash_may_take_back_what_no_flush_covered() {
+        let mut ledger = ledger();
+        ledger.begin(0, Mark::Record(1));
+        ledger.acknowledge(0);
+        let coverage = ledger.coverage();
+        ledger.begin(0, Mark::Record(2));
+        ledger.acknowledge(0);
+        ledger.flushed(coverage);
+        ledger.begin(0, Mark::Record(3));
+        for number in [1, 2, 3] {
+            assert!(holds(&ledger, number, Durability::Flushed), "record {number}");
+        }
+        assert!(!holds(&ledger, 1, Durability::Acknowledged));
+        ledger.flushed(ledger.coverage());
+        assert!(!holds(&ledger, 1, Durability::Flushed) && holds(&ledger, 2, Durability::Flushed));
+    }
+
+    #[test]
+    fn a_trimmed_block_holds_zeroes_or_what_was_there() {
+        let mut ledger = ledger();
+        ledger.begin(0, Mark::Record(1));
+        ledger.acknowledge(0);
+        ledger.begin(0, Mark::Trimmed);
+        ledger.acknowledge(0);
+        assert!(holds(&ledger, 1, Durability::Acknowledged));
+        assert_eq!(ledger.check(8192, &[0; 4096], Durability::Acknowledged), Ok(true));
+        assert!(!holds(&ledger, 2, Durability::Acknowledged));
+    }
+
+    #[test]
+    fn memory_stays_bounded_with_and_without_flushes() {
+        for flushes in [true, false] {
+            let mut ledger = Ledger::new(Extent { offset: 0, length: BLOCK }, 1, flushes);
+            for number in 0..1000 {
+                ledger.begin(0, Mark::Record(number));
+                ledger.acknowledge(0);
+                if flushes && number % 10 == 0 {
+                    ledger.flushed(ledger.coverage());
+                }
+            }
+            assert!(ledger.blocks[0].len() <= 12);
+        }
+    }
+}
