@@ -11,8 +11,11 @@
 //!
 //! Each layer uses only those below it. Nothing here shares a type with the plugins.
 
+pub mod disk;
+pub mod draw;
 pub mod guest;
 pub mod nbd;
 pub mod plan;
+pub mod report;
 pub mod script;
 pub mod wire;

@@ -95,7 +95,6 @@ pub fn create(image: &Path, size: u64, backing: Option<&str>) {
 }
 
 /// Runs qemu-io commands on an image that nobody has open.
-#[allow(dead_code)]
 pub fn qemu_io(image: &Path, commands: &[&str]) {
     let mut command = Command::new("qemu-io");
     command.args(["-f", "qcow2", "-d", "unmap"]);
