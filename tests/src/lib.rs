@@ -9,13 +9,17 @@
 //!   wire       encoding and decoding, no I/O
 //! ```
 //!
-//! Each layer uses only those below it. Nothing here shares a type with the plugins.
+//! Each layer uses those below it; a host's HTTP server is what calls back into smapiv2. Nothing here shares a type
+//! with the plugins.
 
 pub mod disk;
 pub mod draw;
 pub mod guest;
+pub mod host;
 pub mod nbd;
 pub mod plan;
 pub mod report;
 pub mod script;
+pub mod smapiv2;
+pub mod sxm;
 pub mod wire;

@@ -80,33 +80,21 @@ impl Faults {
     }
 
     /// One fault at the n-th call from now that a predicate matches, counted from 0.
-    pub fn nth(
-        &self,
-        n: usize,
-        fault: Fault,
-        matches: impl Fn(&CallSite<'_>) -> bool + Send + Sync + 'static,
-    ) {
+    pub fn nth(&self, n: usize, fault: Fault, matches: impl Fn(&CallSite<'_>) -> bool + Send + Sync + 'static) {
         let seen = std::sync::atomic::AtomicUsize::new(0);
         self.order(Arc::new(move |site| {
-            (matches(site) && seen.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == n)
-                .then(|| fault.clone())
+            (matches(site) && seen.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == n).then(|| fault.clone())
         }));
     }
 
     /// One fault at the n-th call from now of a method on a host, counted from 0.
     pub fn nth_of(&self, host: &str, method: &str, n: usize, fault: Fault) {
         let (host, method) = (host.to_owned(), method.to_owned());
-        self.nth(n, fault, move |site| {
-            site.host == host && site.request.method.eq_ignore_ascii_case(&method)
-        });
+        self.nth(n, fault, move |site| site.host == host && site.request.method.eq_ignore_ascii_case(&method));
     }
 
     pub(super) fn strike(&self, site: &CallSite<'_>) -> Option<Fault> {
-        let hook = self
-            .hook
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let hook = self.hook.lock().unwrap_or_else(PoisonError::into_inner).clone();
         hook.and_then(|hook| hook(site))
     }
 }

@@ -36,10 +36,7 @@ pub struct CallLog {
 
 impl Default for CallLog {
     fn default() -> Self {
-        Self {
-            epoch: Instant::now(),
-            calls: Arc::default(),
-        }
+        Self { epoch: Instant::now(), calls: Arc::default() }
     }
 }
 
@@ -71,10 +68,7 @@ impl CallLog {
     /// The calls from a number on as `host method`, one each.
     #[must_use]
     pub fn order_since(&self, number: usize) -> Vec<String> {
-        self.since(number)
-            .iter()
-            .map(|c| format!("{} {}", c.host, c.method))
-            .collect()
+        self.since(number).iter().map(|c| format!("{} {}", c.host, c.method)).collect()
     }
 
     pub(super) fn begin(&self, host: &str, request: &Request) -> usize {

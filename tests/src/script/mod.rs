@@ -32,12 +32,7 @@ impl Runner {
     /// A runner whose scripts find the host below `root`.
     #[must_use]
     pub fn new(host: &str, root: &Path, log: CallLog, faults: Faults) -> Self {
-        Self {
-            host: host.into(),
-            root: root.into(),
-            log,
-            faults,
-        }
+        Self { host: host.into(), root: root.into(), log, faults }
     }
 
     /// Where the calls are recorded.
@@ -59,11 +54,7 @@ impl Runner {
     pub async fn call(&self, dir: &Path, request: &Request) -> Result<Json, Failure> {
         let script = script_path(dir, request.method)?;
         let number = self.log.begin(&self.host, request);
-        let site = CallSite {
-            number,
-            host: &self.host,
-            request,
-        };
+        let site = CallSite { number, host: &self.host, request };
         let fault = self.faults.strike(&site);
         let (answer, discarded) = match &fault {
             None => (self.run(&script, request).await, None),
@@ -73,8 +64,7 @@ impl Runner {
                 (Err(injected(request, "after running")), Some(lost))
             }
             Some(Fault::TwiceAtOnce) => {
-                let (first, second) =
-                    tokio::join!(self.run(&script, request), self.run(&script, request));
+                let (first, second) = tokio::join!(self.run(&script, request), self.run(&script, request));
                 both(first, second)
             }
             Some(Fault::TwiceInARow) => {
@@ -82,8 +72,7 @@ impl Runner {
                 both(first, self.run(&script, request).await)
             }
             Some(Fault::Kill(after)) => {
-                let output =
-                    process::run_and_kill(&script, &self.root, &request.encode(), *after).await;
+                let output = process::run_and_kill(&script, &self.root, &request.encode(), *after).await;
                 (interpret(&script, output), None)
             }
             Some(Fault::Before(action)) => {
@@ -101,10 +90,7 @@ impl Runner {
     }
 
     async fn run(&self, script: &Path, request: &Request) -> Result<Json, Failure> {
-        interpret(
-            script,
-            process::run(script, &self.root, &request.encode()).await,
-        )
+        interpret(script, process::run(script, &self.root, &request.encode()).await)
     }
 }
 
@@ -114,28 +100,18 @@ impl Runner {
 /// `SCRIPT_MISSING` or `SCRIPT_NOT_EXECUTABLE`.
 pub fn script_path(dir: &Path, method: &str) -> Result<PathBuf, Failure> {
     let exact = dir.join(method);
-    let path = if exact.exists() {
-        Some(exact)
-    } else {
-        other_spelling(dir, method)
-    };
+    let path = if exact.exists() { Some(exact) } else { other_spelling(dir, method) };
     let Some(path) = path else {
         let missing = dir.join(method);
         let missing = missing.to_string_lossy();
         return Err(Failure::own(
             "SCRIPT_MISSING",
-            &[
-                &missing,
-                "Check whether the file exists and has correct permissions",
-            ],
+            &[&missing, "Check whether the file exists and has correct permissions"],
         ));
     };
     match rustix::fs::access(&path, rustix::fs::Access::EXEC_OK) {
         Ok(()) => Ok(path),
-        Err(e) => Err(Failure::own(
-            "SCRIPT_NOT_EXECUTABLE",
-            &[&path.to_string_lossy(), &e.to_string()],
-        )),
+        Err(e) => Err(Failure::own("SCRIPT_NOT_EXECUTABLE", &[&path.to_string_lossy(), &e.to_string()])),
     }
 }
 
@@ -156,9 +132,9 @@ fn interpret(script: &Path, output: Result<Output, Failure>) -> Result<Json, Fai
     let printed = String::from_utf8_lossy(&output.stdout);
     let parsed = Json::parse(&output.stdout);
     match output.exit {
-        Exit::Success => parsed.map_err(|e| {
-            Failure::script_failed(&name, "bad json on stdout", &format!("{e}: {printed:?}"))
-        }),
+        Exit::Success => {
+            parsed.map_err(|e| Failure::script_failed(&name, "bad json on stdout", &format!("{e}: {printed:?}")))
+        }
         Exit::Code(code) => {
             let because = |e: &dyn std::fmt::Display| {
                 let stderr = String::from_utf8_lossy(&output.stderr);
@@ -170,11 +146,7 @@ fn interpret(script: &Path, output: Result<Output, Failure>) -> Result<Json, Fai
                 Ok(value) => Err(Failure::decode(&value).unwrap_or_else(|e| because(&e))),
             }
         }
-        Exit::Signal(signal) => Err(Failure::script_failed(
-            &name,
-            "signalled",
-            &signal.to_string(),
-        )),
+        Exit::Signal(signal) => Err(Failure::script_failed(&name, "signalled", &signal.to_string())),
     }
 }
 

@@ -50,9 +50,7 @@ pub(super) async fn run_and_kill(
     after: Duration,
 ) -> Result<Output, Failure> {
     let child = spawn(script, root)?;
-    let pid = child
-        .id()
-        .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
+    let pid = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
     let finish = finish(child, script, input);
     tokio::pin!(finish);
     tokio::select! {
@@ -81,23 +79,16 @@ fn spawn(script: &Path, root: &Path) -> Result<Child, Failure> {
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|e| {
-            Failure::script_failed(&script.to_string_lossy(), "cannot start", &e.to_string())
-        })
+        .map_err(|e| Failure::script_failed(&script.to_string_lossy(), "cannot start", &e.to_string()))
 }
 
 async fn finish(mut child: Child, script: &Path, input: &str) -> Result<Output, Failure> {
     let name = script.to_string_lossy();
-    let lost =
-        |e: std::io::Error| Failure::script_failed(&name, "lost the process", &e.to_string());
+    let lost = |e: std::io::Error| Failure::script_failed(&name, "lost the process", &e.to_string());
     let (Some(mut stdin), Some(mut stdout), Some(mut stderr)) =
         (child.stdin.take(), child.stdout.take(), child.stderr.take())
     else {
-        return Err(Failure::script_failed(
-            &name,
-            "lost the process",
-            "no pipes",
-        ));
+        return Err(Failure::script_failed(&name, "lost the process", "no pipes"));
     };
     let holders = [pipe_of(&stdout), pipe_of(&stderr)];
 
@@ -123,12 +114,10 @@ async fn finish(mut child: Child, script: &Path, input: &str) -> Result<Output, 
         .map_err(lost)?;
         let ended = match read {
             Some(ended) => ended,
-            None => tokio::time::timeout(PIPES_BOUND, &mut pipes)
-                .await
-                .map_err(|_| {
-                    let held = holders_of(&holders).join(", ");
-                    Failure::script_failed(&name, "ended, but its output is still held open", &held)
-                })?,
+            None => tokio::time::timeout(PIPES_BOUND, &mut pipes).await.map_err(|_| {
+                let held = holders_of(&holders).join(", ");
+                Failure::script_failed(&name, "ended, but its output is still held open", &held)
+            })?,
         };
         ended.1.and(ended.2).map_err(lost)?;
         match (status.code(), status.signal()) {
@@ -137,11 +126,7 @@ async fn finish(mut child: Child, script: &Path, input: &str) -> Result<Output, 
             (None, signal) => Exit::Signal(signal.unwrap_or(0)),
         }
     };
-    Ok(Output {
-        stdout: out,
-        stderr: err,
-        exit,
-    })
+    Ok(Output { stdout: out, stderr: err, exit })
 }
 
 fn pipe_of(fd: &impl std::os::fd::AsFd) -> u64 {
@@ -164,15 +149,11 @@ fn holders_of(pipes: &[u64]) -> Vec<String> {
             continue;
         };
         let holds = fds.flatten().any(|fd| {
-            std::fs::read_link(fd.path())
-                .is_ok_and(|to| wanted.iter().any(|w| to.as_os_str() == w.as_str()))
+            std::fs::read_link(fd.path()).is_ok_and(|to| wanted.iter().any(|w| to.as_os_str() == w.as_str()))
         });
         if holds {
             let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
-            holders.push(format!(
-                "{name} {}",
-                String::from_utf8_lossy(&command).replace('\0', " ")
-            ));
+            holders.push(format!("{name} {}", String::from_utf8_lossy(&command).replace('\0', " ")));
         }
     }
     holders

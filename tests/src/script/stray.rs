@@ -19,12 +19,7 @@ pub(super) fn keep_open() {
         let mut fds = Vec::new();
         fds.extend(inotify::init(inotify::CreateFlags::empty()));
         fds.extend(eventfd(0, EventfdFlags::empty()));
-        if let Ok((a, b)) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::empty(),
-            None,
-        ) {
+        if let Ok((a, b)) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::empty(), None) {
             fds.extend([a, b]);
         }
         if let Ok((a, b)) = pipe_with(PipeFlags::empty()) {

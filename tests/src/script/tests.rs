@@ -16,12 +16,7 @@ fn plugin(scripts: &[(&str, &str)]) -> tempfile::TempDir {
 }
 
 fn runner() -> Runner {
-    Runner::new(
-        "a",
-        Path::new("/tmp/fx-root"),
-        CallLog::default(),
-        Faults::default(),
-    )
+    Runner::new("a", Path::new("/tmp/fx-root"), CallLog::default(), Faults::default())
 }
 
 fn stat() -> Request {
@@ -42,79 +37,45 @@ async fn a_script_gets_the_daemons_environment() {
     .await
     .unwrap();
     let parts = answer.strings("answer").unwrap();
-    assert!(
-        parts[0].starts_with('/') && parts[0].ends_with("/Volume.stat"),
-        "{}",
-        parts[0]
-    );
+    assert!(parts[0].starts_with('/') && parts[0].ends_with("/Volume.stat"), "{}", parts[0]);
     assert_eq!(parts[1..4], ["--json", "/", "/tmp/fx-root"]);
     assert_eq!(parts[4], stat().encode().len().to_string());
     let ignored = u64::from_str_radix(&parts[5], 16).unwrap();
-    assert_ne!(
-        ignored & (1 << 12),
-        0,
-        "SIGPIPE is not ignored: {ignored:x}"
-    );
+    assert_ne!(ignored & (1 << 12), 0, "SIGPIPE is not ignored: {ignored:x}");
 }
 
 #[tokio::test]
 async fn a_script_inherits_stray_descriptors() {
-    let answer =
-        call(r#"cat >/dev/null; n=0; for f in /proc/$$/fd/*; do n=$((n+1)); done; echo $n"#)
-            .await
-            .unwrap();
+    let answer = call(r#"cat >/dev/null; n=0; for f in /proc/$$/fd/*; do n=$((n+1)); done; echo $n"#).await.unwrap();
     assert!(answer.int("n").unwrap() >= 3 + 6, "{answer:?}");
 }
 
 #[tokio::test]
 async fn a_method_is_found_whatever_its_case_and_missing_ones_say_so() {
     let dir = plugin(&[("Plugin.Query", "cat >/dev/null; echo null")]);
-    assert_eq!(
-        runner().call(dir.path(), &Request::query("t")).await,
-        Ok(Json::Null)
-    );
+    assert_eq!(runner().call(dir.path(), &Request::query("t")).await, Ok(Json::Null));
     let missing = runner().call(dir.path(), &stat()).await.unwrap_err();
     assert_eq!(missing.code, "SCRIPT_MISSING");
     std::fs::write(dir.path().join("Volume.stat"), "").unwrap();
-    std::fs::set_permissions(
-        dir.path().join("Volume.stat"),
-        std::fs::Permissions::from_mode(0o644),
-    )
-    .unwrap();
-    assert_eq!(
-        runner().call(dir.path(), &stat()).await.unwrap_err().code,
-        "SCRIPT_NOT_EXECUTABLE"
-    );
+    std::fs::set_permissions(dir.path().join("Volume.stat"), std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert_eq!(runner().call(dir.path(), &stat()).await.unwrap_err().code, "SCRIPT_NOT_EXECUTABLE");
 }
 
 #[tokio::test]
 async fn a_well_formed_error_keeps_its_code_and_any_other_loses_it() {
     let good = r#"echo '{"code":"C","params":["p"],"backtrace":{"error":"","files":[],"lines":[]}}'; exit 1"#;
     assert_eq!(call(good).await.unwrap_err().code, "C");
-    for bad in [
-        "exit 1",
-        "echo '{}'; exit 1",
-        "echo oops; exit 2",
-        "echo null; exit 1",
-    ] {
+    for bad in ["exit 1", "echo '{}'; exit 1", "echo oops; exit 2", "echo null; exit 1"] {
         assert_eq!(call(bad).await.unwrap_err().code, "SCRIPT_FAILED", "{bad}");
     }
     let signalled = call("kill -9 $$").await.unwrap_err();
-    assert_eq!(
-        (signalled.code.as_str(), signalled.params[1].as_str()),
-        ("SCRIPT_FAILED", "signalled")
-    );
+    assert_eq!((signalled.code.as_str(), signalled.params[1].as_str()), ("SCRIPT_FAILED", "signalled"));
 }
 
 #[tokio::test]
 async fn anything_but_one_document_on_stdout_fails_and_stderr_does_not() {
     assert_eq!(call("echo noise >&2; echo null").await, Ok(Json::Null));
-    for bad in [
-        "echo log; echo null",
-        "echo null; echo log",
-        "true",
-        "echo 9223372036854775808",
-    ] {
+    for bad in ["echo log; echo null", "echo null; echo log", "true", "echo 9223372036854775808"] {
         assert_eq!(call(bad).await.unwrap_err().code, "SCRIPT_FAILED", "{bad}");
     }
 }
@@ -124,15 +85,15 @@ async fn a_background_child_that_holds_a_pipe_is_reported_by_method_and_pid() {
     let failure = call("sleep 7 2>/dev/null & echo null").await.unwrap_err();
     assert!(failure.params[0].ends_with("Volume.stat"), "{failure}");
     assert!(failure.params[2].contains("sleep 7"), "{failure}");
-    assert_eq!(
-        call("sleep 7 >/dev/null 2>&1 & echo null").await,
-        Ok(Json::Null)
-    );
+    assert_eq!(call("sleep 7 >/dev/null 2>&1 & echo null").await, Ok(Json::Null));
 }
 
 #[tokio::test]
 async fn large_answers_and_requests_nobody_reads_do_not_hang() {
-    let answer = call("head -c 300000 /dev/zero | tr '\\0' e >&2; printf '\"'; head -c 300000 /dev/zero | tr '\\0' o; printf '\"'").await;
+    let answer = call(
+        "head -c 300000 /dev/zero | tr '\\0' e >&2; printf '\"'; head -c 300000 /dev/zero | tr '\\0' o; printf '\"'",
+    )
+    .await;
     assert_eq!(answer.unwrap().string("s").unwrap().len(), 300_000);
     let dir = plugin(&[("Volume.set", "echo null")]);
     let request = Request::volume_set("t", "sr", "k", "k", &"v".repeat(1 << 20));
@@ -142,33 +103,18 @@ async fn large_answers_and_requests_nobody_reads_do_not_hang() {
 #[tokio::test]
 async fn faults_strike_the_call_they_were_ordered_for() {
     let count = tempfile::NamedTempFile::new().unwrap();
-    let body = format!(
-        "cat >/dev/null; echo x >> {}; echo null",
-        count.path().display()
-    );
+    let body = format!("cat >/dev/null; echo x >> {}; echo null", count.path().display());
     let dir = plugin(&[("Volume.stat", &body), ("Volume.set", "exec sleep 20")]);
     let runner = runner();
-    let runs = || {
-        std::fs::read_to_string(count.path())
-            .unwrap()
-            .lines()
-            .count()
-    };
+    let runs = || std::fs::read_to_string(count.path()).unwrap().lines().count();
 
-    runner
-        .faults()
-        .nth_of("a", "Volume.stat", 1, Fault::FailInstead);
+    runner.faults().nth_of("a", "Volume.stat", 1, Fault::FailInstead);
     assert!(runner.call(dir.path(), &stat()).await.is_ok());
-    assert_eq!(
-        runner.call(dir.path(), &stat()).await.unwrap_err().code,
-        "INJECTED"
-    );
+    assert_eq!(runner.call(dir.path(), &stat()).await.unwrap_err().code, "INJECTED");
     assert!(runner.call(dir.path(), &stat()).await.is_ok());
     assert_eq!(runs(), 2);
 
-    runner
-        .faults()
-        .nth_of("a", "Volume.stat", 0, Fault::FailAfter);
+    runner.faults().nth_of("a", "Volume.stat", 0, Fault::FailAfter);
     assert!(runner.call(dir.path(), &stat()).await.is_err());
     assert_eq!(runs(), 3);
     for twice in [Fault::TwiceAtOnce, Fault::TwiceInARow] {
@@ -177,16 +123,8 @@ async fn faults_strike_the_call_they_were_ordered_for() {
         assert!(runner.call(dir.path(), &stat()).await.is_ok());
         assert_eq!(runs(), before + 2);
     }
-    runner.faults().nth_of(
-        "a",
-        "Volume.set",
-        0,
-        Fault::Kill(std::time::Duration::from_millis(50)),
-    );
-    let killed = runner
-        .call(dir.path(), &Request::volume_set("t", "sr", "k", "k", "v"))
-        .await
-        .unwrap_err();
+    runner.faults().nth_of("a", "Volume.set", 0, Fault::Kill(std::time::Duration::from_millis(50)));
+    let killed = runner.call(dir.path(), &Request::volume_set("t", "sr", "k", "k", "v")).await.unwrap_err();
     assert_eq!(killed.params[1..], ["signalled", "9"]);
 
     let calls = runner.log().calls();

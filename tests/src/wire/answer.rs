@@ -167,21 +167,13 @@ impl Volume {
 
     /// Decodes the answer of `SR.ls`; one bad volume makes the whole scan fail.
     pub fn decode_list(value: &Json) -> Result<Vec<Self>, Malformed> {
-        value
-            .array("volumes")?
-            .iter()
-            .enumerate()
-            .map(|(i, v)| Self::decode(v, &format!("volumes[{i}]")))
-            .collect()
+        value.array("volumes")?.iter().enumerate().map(|(i, v)| Self::decode(v, &format!("volumes[{i}]"))).collect()
     }
 
     /// The value of a key.
     #[must_use]
     pub fn key_value(&self, name: &str) -> Option<&str> {
-        self.keys
-            .iter()
-            .find(|(k, _)| k == name)
-            .map(|(_, v)| v.as_str())
+        self.keys.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_str())
     }
 
     /// Reads the reserved key `is_a_snapshot`, which is `true`, `false` or absent.
@@ -189,11 +181,9 @@ impl Volume {
         match self.key_value("is_a_snapshot") {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
-            Some(other) => Err(Malformed::new(
-                format!("{at}.keys.is_a_snapshot"),
-                "true or false",
-                &Json::from(other),
-            )),
+            Some(other) => {
+                Err(Malformed::new(format!("{at}.keys.is_a_snapshot"), "true or false", &Json::from(other)))
+            }
         }
     }
 
@@ -220,12 +210,7 @@ pub struct ProbeResult {
 impl ProbeResult {
     /// Decodes the answer of `SR.probe`, with the daemon's rules on what goes together.
     pub fn decode_list(value: &Json) -> Result<Vec<Self>, Malformed> {
-        value
-            .array("probe")?
-            .iter()
-            .enumerate()
-            .map(|(i, v)| Self::decode(v, &format!("probe[{i}]")))
-            .collect()
+        value.array("probe")?.iter().enumerate().map(|(i, v)| Self::decode(v, &format!("probe[{i}]"))).collect()
     }
 
     fn decode(value: &Json, at: &str) -> Result<Self, Malformed> {
@@ -238,18 +223,10 @@ impl ProbeResult {
         };
         let named = result.configuration.iter().any(|(k, _)| k == "sr_uuid");
         if result.sr.is_some() && !named {
-            return Err(Malformed::new(
-                at,
-                "configuration.sr_uuid beside an sr",
-                value,
-            ));
+            return Err(Malformed::new(at, "configuration.sr_uuid beside an sr", value));
         }
         if named && !result.complete {
-            return Err(Malformed::new(
-                at,
-                "complete=true beside configuration.sr_uuid",
-                value,
-            ));
+            return Err(Malformed::new(at, "complete=true beside configuration.sr_uuid", value));
         }
         Ok(result)
     }
@@ -268,10 +245,7 @@ impl ChangedBlocks {
     /// Decodes the answer.
     pub fn decode(value: &Json) -> Result<Self, Malformed> {
         let f = value.fields("changed blocks")?;
-        Ok(Self {
-            granularity: f.required("granularity", Json::int)?,
-            bitmap: f.required("bitmap", Json::string)?,
-        })
+        Ok(Self { granularity: f.required("granularity", Json::int)?, bitmap: f.required("bitmap", Json::string)? })
     }
 }
 
@@ -300,10 +274,7 @@ mod tests {
         for field in parsed.as_object().unwrap().keys() {
             let mut less = parsed.as_object().unwrap().clone();
             less.remove(field);
-            assert!(
-                volume(&serde_json::Value::Object(less).to_string()).is_err(),
-                "{field} was left out"
-            );
+            assert!(volume(&serde_json::Value::Object(less).to_string()).is_err(), "{field} was left out");
         }
     }
 
@@ -323,14 +294,8 @@ mod tests {
             "volume_type",
             "cbt_enabled",
         ] {
-            assert!(
-                volume(&with(field, "null")).is_err(),
-                "{field}: null was accepted"
-            );
-            assert!(
-                volume(&with(field, "[[]]")).is_err(),
-                "{field}: [[]] was accepted"
-            );
+            assert!(volume(&with(field, "null")).is_err(), "{field}: null was accepted");
+            assert!(volume(&with(field, "[[]]")).is_err(), "{field}: [[]] was accepted");
         }
         for (field, bad) in [
             ("read_write", "1"),
@@ -342,20 +307,13 @@ mod tests {
             ("keys", "[]"),
             ("uri", "\"qsd://a\""),
         ] {
-            assert!(
-                volume(&with(field, bad)).is_err(),
-                "{field}: {bad} was accepted"
-            );
+            assert!(volume(&with(field, bad)).is_err(), "{field}: {bad} was accepted");
         }
     }
 
     #[test]
     fn a_snapshot_flag_is_exactly_true_or_false_or_the_whole_scan_fails() {
-        assert!(
-            volume(&with("keys", r#"{"is_a_snapshot":"true"}"#))
-                .unwrap()
-                .snapshot()
-        );
+        assert!(volume(&with("keys", r#"{"is_a_snapshot":"true"}"#)).unwrap().snapshot());
         for bad in ["True", "", "1", "yes"] {
             let one = with("keys", &format!("{{\"is_a_snapshot\":\"{bad}\"}}"));
             let list = Json::parse(format!("[{VOLUME},{one}]").as_bytes()).unwrap();
@@ -367,13 +325,7 @@ mod tests {
     fn health_is_a_tag_with_a_text() {
         let at = |text: &str| Health::decode(&Json::parse(text.as_bytes()).unwrap(), "h");
         assert_eq!(at(r#"["Healthy",""]"#), Ok(Health::Healthy(String::new())));
-        for bad in [
-            r#""Healthy""#,
-            r#"["Healthy"]"#,
-            r#"["Fine",""]"#,
-            r#"["Healthy",null]"#,
-            "null",
-        ] {
+        for bad in [r#""Healthy""#, r#"["Healthy"]"#, r#"["Fine",""]"#, r#"["Healthy",null]"#, "null"] {
             assert!(at(bad).is_err(), "{bad} was accepted");
         }
     }
@@ -385,23 +337,17 @@ mod tests {
         let probe = |text: String| ProbeResult::decode_list(&Json::parse(text.as_bytes()).unwrap());
         assert!(probe("[]".into()).is_ok());
         assert!(probe(r#"[{"configuration":{},"complete":true,"extra_info":{}}]"#.into()).is_ok());
-        assert!(probe(format!(
-            r#"[{{"configuration":{{"sr_uuid":"u"}},"complete":true,"sr":{stat},"extra_info":{{}}}}]"#
-        )).is_ok());
         assert!(
             probe(format!(
-                r#"[{{"configuration":{{}},"complete":true,"sr":{stat},"extra_info":{{}}}}]"#
+                r#"[{{"configuration":{{"sr_uuid":"u"}},"complete":true,"sr":{stat},"extra_info":{{}}}}]"#
             ))
-            .is_err()
+            .is_ok()
         );
         assert!(
-            probe(r#"[{"configuration":{"sr_uuid":"u"},"complete":false,"extra_info":{}}]"#.into())
-                .is_err()
+            probe(format!(r#"[{{"configuration":{{}},"complete":true,"sr":{stat},"extra_info":{{}}}}]"#)).is_err()
         );
-        assert!(
-            probe(r#"[{"configuration":{},"complete":true,"sr":null,"extra_info":{}}]"#.into())
-                .is_err()
-        );
+        assert!(probe(r#"[{"configuration":{"sr_uuid":"u"},"complete":false,"extra_info":{}}]"#.into()).is_err());
+        assert!(probe(r#"[{"configuration":{},"complete":true,"sr":null,"extra_info":{}}]"#.into()).is_err());
     }
 
     #[test]
@@ -415,10 +361,7 @@ mod tests {
             let mut less = parsed.as_object().unwrap().clone();
             less.remove(field);
             let text = serde_json::Value::Object(less).to_string();
-            assert!(
-                Plugin::decode(&Json::parse(text.as_bytes()).unwrap()).is_err(),
-                "{field} was left out"
-            );
+            assert!(Plugin::decode(&Json::parse(text.as_bytes()).unwrap()).is_err(), "{field} was left out");
         }
     }
 }

@@ -41,20 +41,10 @@ impl Implementation {
                 extra: f.required("extra", Json::string_map)?,
                 backend_type: f.required("backend_type", Json::string)?,
             }),
-            "BlockDevice" => Ok(Self::BlockDevice {
-                path: f.required("path", Json::string)?,
-            }),
-            "File" => Ok(Self::File {
-                path: f.required("path", Json::string)?,
-            }),
-            "Nbd" => Ok(Self::Nbd {
-                uri: f.required("uri", Json::string)?,
-            }),
-            _ => Err(Malformed::new(
-                at,
-                "XenDisk, BlockDevice, File or Nbd",
-                value,
-            )),
+            "BlockDevice" => Ok(Self::BlockDevice { path: f.required("path", Json::string)? }),
+            "File" => Ok(Self::File { path: f.required("path", Json::string)? }),
+            "Nbd" => Ok(Self::Nbd { uri: f.required("uri", Json::string)? }),
+            _ => Err(Malformed::new(at, "XenDisk, BlockDevice, File or Nbd", value)),
         }
     }
 }
@@ -92,47 +82,15 @@ impl Attached {
     /// Whether xenopsd can make a VBD of it.
     #[must_use]
     pub fn has_xen_disk(&self) -> bool {
-        self.implementations
-            .iter()
-            .any(|i| matches!(i, Implementation::XenDisk { .. }))
+        self.implementations.iter().any(|i| matches!(i, Implementation::XenDisk { .. }))
     }
 
     /// A device or a file of dom0, which xapi prefers to NBD where it reads a disk itself.
     #[must_use]
     pub fn path(&self) -> Option<&str> {
         self.implementations.iter().rev().find_map(|i| match i {
-            Implementation::BlockDevice { path } | Implementation::File { path } => {
-                Some(path.as_str())
-            }
+            Implementation::BlockDevice { path } | Implementation::File { path } => Some(path.as_str()),
             _ => None,
-        })
-    }
-}
-
-/// `nbd:unix:<socket>:exportname=<name>`, taken apart as xapi does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NbdUri {
-    /// The path of the socket.
-    pub socket: String,
-    /// The name of the export.
-    pub export: String,
-}
-
-impl NbdUri {
-    /// Takes a URI apart; `None` where xapi cannot parse it: exactly four parts, a name that is not empty.
-    #[must_use]
-    pub fn parse(uri: &str) -> Option<Self> {
-        let parts: Vec<&str> = uri.split(':').collect();
-        let ["nbd", "unix", socket, name] = parts.as_slice() else {
-            return None;
-        };
-        let export = name.strip_prefix("exportname=")?;
-        if export.is_empty() || export.contains("exportname=") {
-            return None;
-        }
-        Some(Self {
-            socket: (*socket).to_owned(),
-            export: export.to_owned(),
         })
     }
 }
@@ -218,41 +176,15 @@ mod tests {
 
     #[test]
     fn the_last_nbd_server_is_the_one_used() {
-        let answer =
-            attached(r#"{"implementations":[["Nbd",{"uri":"a"}],["Nbd",{"uri":"b"}]]}"#).unwrap();
+        let answer = attached(r#"{"implementations":[["Nbd",{"uri":"a"}],["Nbd",{"uri":"b"}]]}"#).unwrap();
         assert_eq!(answer.nbd(), Some("b"));
-    }
-
-    #[test]
-    fn an_nbd_uri_has_four_parts_and_a_name() {
-        let uri = NbdUri::parse("nbd:unix:/run/x.sock:exportname=abc").unwrap();
-        assert_eq!(
-            (uri.socket.as_str(), uri.export.as_str()),
-            ("/run/x.sock", "abc")
-        );
-        for bad in [
-            "nbd:unix:/run/x:y.sock:exportname=abc",
-            "nbd:unix:/run/x.sock:exportname=",
-            "nbd:unix:/run/x.sock:exportname=a:b",
-            "nbd:unix:/run/x.sock:exportname=exportname=a",
-            "nbd:unix:/run/x.sock",
-            "nbd:tcp:/run/x.sock:exportname=abc",
-            "nbd+unix:///abc?socket=/run/x.sock",
-        ] {
-            assert_eq!(NbdUri::parse(bad), None, "{bad}");
-        }
     }
 
     #[test]
     fn a_status_is_strict_about_booleans_and_null() {
         let status = |text: &str| MirrorStatus::decode(&Json::parse(text.as_bytes()).unwrap());
         assert!(status(r#"{"failed":false,"complete":true}"#).is_ok());
-        assert_eq!(
-            status(r#"{"failed":false,"complete":true,"progress":1}"#)
-                .unwrap()
-                .progress,
-            Some(1.0)
-        );
+        assert_eq!(status(r#"{"failed":false,"complete":true,"progress":1}"#).unwrap().progress, Some(1.0));
         for bad in [
             r#"{"failed":false,"complete":true,"progress":null}"#,
             r#"{"failed":"false","complete":true}"#,
@@ -266,16 +198,8 @@ mod tests {
     #[test]
     fn an_operation_is_one_of_two_tags() {
         let decode = |text: &str| Operation::decode(&Json::parse(text.as_bytes()).unwrap());
-        assert_eq!(
-            decode(r#"["MirrorV1","k"]"#),
-            Ok(Operation::Mirror("k".into()))
-        );
-        for bad in [
-            r#""MirrorV1""#,
-            r#"["MirrorV2","k"]"#,
-            r#"["MirrorV1",1]"#,
-            r#"["MirrorV1","k","l"]"#,
-        ] {
+        assert_eq!(decode(r#"["MirrorV1","k"]"#), Ok(Operation::Mirror("k".into())));
+        for bad in [r#""MirrorV1""#, r#"["MirrorV2","k"]"#, r#"["MirrorV1",1]"#, r#"["MirrorV1","k","l"]"#] {
             assert!(decode(bad).is_err(), "{bad} was accepted");
         }
     }

@@ -28,11 +28,7 @@ pub struct Backtrace {
 impl Failure {
     /// A failure that the caller of the script makes up, without a backtrace.
     pub fn own(code: &str, params: &[&str]) -> Self {
-        Self {
-            code: code.into(),
-            params: params.iter().map(|p| (*p).to_owned()).collect(),
-            backtrace: None,
-        }
+        Self { code: code.into(), params: params.iter().map(|p| (*p).to_owned()).collect(), backtrace: None }
     }
 
     /// What becomes of an answer that breaks the protocol.
@@ -54,9 +50,7 @@ impl Failure {
                 Ok(Backtrace {
                     error: fields.required("error", Json::string)?,
                     files: fields.required("files", Json::strings)?,
-                    lines: fields.required("lines", |v, at| {
-                        v.array(at)?.iter().map(|n| n.int(at)).collect()
-                    })?,
+                    lines: fields.required("lines", |v, at| v.array(at)?.iter().map(|n| n.int(at)).collect())?,
                 })
             })?),
         })
@@ -82,14 +76,9 @@ mod tests {
 
     #[test]
     fn a_full_error_is_decoded() {
-        let failure = decode(
-            r#"{"code":"C","params":["a"],"backtrace":{"error":"e","files":["f"],"lines":[1]}}"#,
-        )
-        .unwrap();
-        assert_eq!(
-            (failure.code.as_str(), failure.params.as_slice()),
-            ("C", &["a".to_owned()][..])
-        );
+        let failure =
+            decode(r#"{"code":"C","params":["a"],"backtrace":{"error":"e","files":["f"],"lines":[1]}}"#).unwrap();
+        assert_eq!((failure.code.as_str(), failure.params.as_slice()), ("C", &["a".to_owned()][..]));
         assert_eq!(failure.backtrace.unwrap().lines, [1]);
     }
 
@@ -110,13 +99,7 @@ mod tests {
 
     #[test]
     fn the_other_host_is_known_by_the_parameters_alone() {
-        assert_eq!(
-            Failure::own("X", &["Activated_on_another_host", "u"]).activated_on_another_host(),
-            Some("u")
-        );
-        assert_eq!(
-            Failure::own("Activated_on_another_host", &["u"]).activated_on_another_host(),
-            None
-        );
+        assert_eq!(Failure::own("X", &["Activated_on_another_host", "u"]).activated_on_another_host(), Some("u"));
+        assert_eq!(Failure::own("Activated_on_another_host", &["u"]).activated_on_another_host(), None);
     }
 }

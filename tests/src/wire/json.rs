@@ -40,26 +40,15 @@ impl Malformed {
     pub fn new(at: impl Into<String>, expected: impl Into<String>, found: &Json) -> Self {
         let mut found = found.encode();
         if found.len() > 120 {
-            let cut = (0..=120)
-                .rev()
-                .find(|i| found.is_char_boundary(*i))
-                .unwrap_or(0);
+            let cut = (0..=120).rev().find(|i| found.is_char_boundary(*i)).unwrap_or(0);
             found.truncate(cut);
             found.push('…');
         }
-        Self {
-            at: at.into(),
-            expected: expected.into(),
-            found,
-        }
+        Self { at: at.into(), expected: expected.into(), found }
     }
 
     fn absent(at: String, expected: &str) -> Self {
-        Self {
-            at,
-            expected: expected.into(),
-            found: "nothing".into(),
-        }
+        Self { at, expected: expected.into(), found: "nothing".into() }
     }
 }
 
@@ -168,20 +157,15 @@ impl Json {
 
     /// Accepts an array of strings.
     pub fn strings(&self, at: &str) -> Result<Vec<String>, Malformed> {
-        self.array(at)?
-            .iter()
-            .enumerate()
-            .map(|(i, v)| v.string(&format!("{at}[{i}]")))
-            .collect()
+        self.array(at)?.iter().enumerate().map(|(i, v)| v.string(&format!("{at}[{i}]"))).collect()
     }
 
     /// Accepts an object whose values are strings.
     pub fn string_map(&self, at: &str) -> Result<Vec<(String, String)>, Malformed> {
         match self {
-            Self::Object(fields) => fields
-                .iter()
-                .map(|(k, v)| Ok((k.clone(), v.string(&format!("{at}.{k}"))?)))
-                .collect(),
+            Self::Object(fields) => {
+                fields.iter().map(|(k, v)| Ok((k.clone(), v.string(&format!("{at}.{k}"))?))).collect()
+            }
             other => Err(Malformed::new(at, "an object of strings", other)),
         }
     }
@@ -200,10 +184,7 @@ impl Json {
     /// Accepts an object, whose fields can then be taken by name.
     pub fn fields<'a>(&'a self, at: &str) -> Result<Fields<'a>, Malformed> {
         match self {
-            Self::Object(entries) => Ok(Fields {
-                at: at.to_owned(),
-                entries,
-            }),
+            Self::Object(entries) => Ok(Fields { at: at.to_owned(), entries }),
             other => Err(Malformed::new(at, "an object", other)),
         }
     }
@@ -248,9 +229,7 @@ impl<'a> Fields<'a> {
         name: &str,
         decode: impl FnOnce(&'a Json, &str) -> Result<T, Malformed>,
     ) -> Result<Option<T>, Malformed> {
-        self.get(name)
-            .map(|value| decode(value, &format!("{}.{name}", self.at)))
-            .transpose()
+        self.get(name).map(|value| decode(value, &format!("{}.{name}", self.at))).transpose()
     }
 
     fn get(&self, name: &str) -> Option<&'a Json> {
@@ -301,9 +280,7 @@ impl<'de> Visitor<'de> for JsonVisitor {
     }
 
     fn visit_u64<E: de::Error>(self, n: u64) -> Result<Json, E> {
-        i64::try_from(n)
-            .map(Json::Int)
-            .map_err(|_| E::custom(format!("{n} is beyond 64 bits, signed")))
+        i64::try_from(n).map(Json::Int).map_err(|_| E::custom(format!("{n} is beyond 64 bits, signed")))
     }
 
     fn visit_f64<E>(self, x: f64) -> Result<Json, E> {
@@ -345,35 +322,19 @@ mod tests {
     #[test]
     fn one_document_and_nothing_else_is_accepted() {
         assert_eq!(Json::parse(b" null\n").unwrap(), Json::Null);
-        for bad in [
-            "",
-            "null null",
-            "log line\nnull",
-            "null\nlog",
-            "{",
-            "nul",
-            "\"a\" x",
-        ] {
+        for bad in ["", "null null", "log line\nnull", "null\nlog", "{", "nul", "\"a\" x"] {
             assert!(Json::parse(bad.as_bytes()).is_err(), "{bad:?} was accepted");
         }
-        assert!(
-            Json::parse(b"\"\xff\"").is_err(),
-            "text that is not UTF-8 was accepted"
-        );
+        assert!(Json::parse(b"\"\xff\"").is_err(), "text that is not UTF-8 was accepted");
     }
 
     #[test]
     fn integers_are_64_bits_and_no_floats() {
-        assert_eq!(
-            Json::parse(b"9223372036854775807").unwrap().int("x"),
-            Ok(i64::MAX)
-        );
+        assert_eq!(Json::parse(b"9223372036854775807").unwrap().int("x"), Ok(i64::MAX));
         assert_eq!(Json::parse(b"-1").unwrap().int("x"), Ok(-1));
         assert!(Json::parse(b"9223372036854775808").is_err());
         for float in ["1.0", "1e9", "-0.0", "99999999999999999999"] {
-            let accepted = Json::parse(float.as_bytes())
-                .ok()
-                .and_then(|v| v.int("x").ok());
+            let accepted = Json::parse(float.as_bytes()).ok().and_then(|v| v.int("x").ok());
             assert_eq!(accepted, None, "{float}");
         }
     }

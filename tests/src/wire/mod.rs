@@ -13,7 +13,7 @@ mod json;
 mod request;
 
 pub use answer::{ChangedBlocks, Health, Plugin, ProbeResult, SrStat, Volume};
-pub use datapath::{Attached, Implementation, MirrorStatus, NbdUri, Operation};
+pub use datapath::{Attached, Implementation, MirrorStatus, Operation};
 pub use failure::{Backtrace, Failure};
 pub use json::{Fields, Json, Malformed};
 pub use request::Request;

@@ -16,21 +16,13 @@ impl Request {
     pub fn new(method: &'static str, dbg: &str, fields: Vec<(&'static str, Json)>) -> Self {
         let mut all = vec![("dbg", Json::from(dbg))];
         all.extend(fields);
-        Self {
-            method,
-            fields: all,
-        }
+        Self { method, fields: all }
     }
 
     /// The request as the daemon writes it: one compact object, last declared parameter first.
     #[must_use]
     pub fn encode(&self) -> String {
-        let fields = self
-            .fields
-            .iter()
-            .rev()
-            .map(|(k, v)| ((*k).to_owned(), v.clone()))
-            .collect();
+        let fields = self.fields.iter().rev().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
         Json::Object(fields).encode()
     }
 
@@ -80,11 +72,7 @@ impl Request {
 
     /// `SR.attach`
     pub fn sr_attach(dbg: &str, configuration: &[(String, String)]) -> Self {
-        Self::new(
-            "SR.attach",
-            dbg,
-            vec![("configuration", map(configuration))],
-        )
+        Self::new("SR.attach", dbg, vec![("configuration", map(configuration))])
     }
 
     /// `SR.stat`, `SR.ls`, `SR.detach` or `SR.destroy`
@@ -94,31 +82,16 @@ impl Request {
 
     /// `SR.set_name`
     pub fn sr_set_name(dbg: &str, sr: &str, name: &str) -> Self {
-        Self::new(
-            "SR.set_name",
-            dbg,
-            vec![("sr", sr.into()), ("new_name", name.into())],
-        )
+        Self::new("SR.set_name", dbg, vec![("sr", sr.into()), ("new_name", name.into())])
     }
 
     /// `SR.set_description`
     pub fn sr_set_description(dbg: &str, sr: &str, description: &str) -> Self {
-        Self::new(
-            "SR.set_description",
-            dbg,
-            vec![("sr", sr.into()), ("new_description", description.into())],
-        )
+        Self::new("SR.set_description", dbg, vec![("sr", sr.into()), ("new_description", description.into())])
     }
 
     /// `Volume.create`
-    pub fn volume_create(
-        dbg: &str,
-        sr: &str,
-        name: &str,
-        description: &str,
-        size: i64,
-        sharable: bool,
-    ) -> Self {
+    pub fn volume_create(dbg: &str, sr: &str, name: &str, description: &str, size: i64, sharable: bool) -> Self {
         Self::new(
             "Volume.create",
             dbg,
@@ -139,87 +112,38 @@ impl Request {
 
     /// `Volume.set`
     pub fn volume_set(dbg: &str, sr: &str, key: &str, k: &str, v: &str) -> Self {
-        Self::new(
-            "Volume.set",
-            dbg,
-            vec![
-                ("sr", sr.into()),
-                ("key", key.into()),
-                ("k", k.into()),
-                ("v", v.into()),
-            ],
-        )
+        Self::new("Volume.set", dbg, vec![("sr", sr.into()), ("key", key.into()), ("k", k.into()), ("v", v.into())])
     }
 
     /// `Volume.unset`
     pub fn volume_unset(dbg: &str, sr: &str, key: &str, k: &str) -> Self {
-        Self::new(
-            "Volume.unset",
-            dbg,
-            vec![("sr", sr.into()), ("key", key.into()), ("k", k.into())],
-        )
+        Self::new("Volume.unset", dbg, vec![("sr", sr.into()), ("key", key.into()), ("k", k.into())])
     }
 
     /// `Volume.set_name`
     pub fn volume_set_name(dbg: &str, sr: &str, key: &str, name: &str) -> Self {
-        Self::new(
-            "Volume.set_name",
-            dbg,
-            vec![
-                ("sr", sr.into()),
-                ("key", key.into()),
-                ("new_name", name.into()),
-            ],
-        )
+        Self::new("Volume.set_name", dbg, vec![("sr", sr.into()), ("key", key.into()), ("new_name", name.into())])
     }
 
     /// `Volume.set_description`
     pub fn volume_set_description(dbg: &str, sr: &str, key: &str, description: &str) -> Self {
-        let fields = vec![
-            ("sr", sr.into()),
-            ("key", key.into()),
-            ("new_description", description.into()),
-        ];
+        let fields = vec![("sr", sr.into()), ("key", key.into()), ("new_description", description.into())];
         Self::new("Volume.set_description", dbg, fields)
     }
 
     /// `Volume.resize`
     pub fn volume_resize(dbg: &str, sr: &str, key: &str, size: i64) -> Self {
-        Self::new(
-            "Volume.resize",
-            dbg,
-            vec![
-                ("sr", sr.into()),
-                ("key", key.into()),
-                ("new_size", Json::Int(size)),
-            ],
-        )
+        Self::new("Volume.resize", dbg, vec![("sr", sr.into()), ("key", key.into()), ("new_size", Json::Int(size))])
     }
 
     /// `Volume.revert`
     pub fn volume_revert(dbg: &str, sr: &str, snapshot: &str, key: &str) -> Self {
-        Self::new(
-            "Volume.revert",
-            dbg,
-            vec![
-                ("sr", sr.into()),
-                ("snapshot", snapshot.into()),
-                ("key", key.into()),
-            ],
-        )
+        Self::new("Volume.revert", dbg, vec![("sr", sr.into()), ("snapshot", snapshot.into()), ("key", key.into())])
     }
 
     /// `Volume.compose`
     pub fn volume_compose(dbg: &str, sr: &str, child: &str, parent: &str) -> Self {
-        Self::new(
-            "Volume.compose",
-            dbg,
-            vec![
-                ("sr", sr.into()),
-                ("key", child.into()),
-                ("key2", parent.into()),
-            ],
-        )
+        Self::new("Volume.compose", dbg, vec![("sr", sr.into()), ("key", child.into()), ("key2", parent.into())])
     }
 
     /// `Volume.list_changed_blocks` over the whole volume, which is how xapi asks.
@@ -239,11 +163,7 @@ impl Request {
 
     /// `Datapath.open`
     pub fn datapath_open(dbg: &str, uri: &str, persistent: bool) -> Self {
-        Self::new(
-            "Datapath.open",
-            dbg,
-            vec![("uri", uri.into()), ("persistent", Json::Bool(persistent))],
-        )
+        Self::new("Datapath.open", dbg, vec![("uri", uri.into()), ("persistent", Json::Bool(persistent))])
     }
 
     /// `Datapath.close`
@@ -253,24 +173,12 @@ impl Request {
 
     /// `Datapath.attach`, `activate`, `activate_readonly`, `import_activate`, `deactivate` or `detach`
     pub fn datapath(method: &'static str, dbg: &str, uri: &str, domain: &str) -> Self {
-        Self::new(
-            method,
-            dbg,
-            vec![("uri", uri.into()), ("domain", domain.into())],
-        )
+        Self::new(method, dbg, vec![("uri", uri.into()), ("domain", domain.into())])
     }
 
     /// `Data.mirror`
     pub fn data_mirror(dbg: &str, uri: &str, domain: &str, remote: &str) -> Self {
-        Self::new(
-            "Data.mirror",
-            dbg,
-            vec![
-                ("uri", uri.into()),
-                ("domain", domain.into()),
-                ("remote", remote.into()),
-            ],
-        )
+        Self::new("Data.mirror", dbg, vec![("uri", uri.into()), ("domain", domain.into()), ("remote", remote.into())])
     }
 
     /// `Data.stat`, `Data.cancel` or `Data.destroy`

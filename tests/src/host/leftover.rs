@@ -1,0 +1,81 @@
+//! What plugins left behind on a host.
+
+use std::path::{Path, PathBuf};
+
+/// Processes, sockets and files of a host's plugins.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Process ids with their command lines.
+    pub processes: Vec<(u32, String)>,
+    /// Sockets that are bound below the host's runtime directory.
+    pub sockets: Vec<String>,
+    /// Files in the runtime directory; the records of attached SRs are not counted.
+    pub files: Vec<PathBuf>,
+}
+
+impl Leftovers {
+    /// Whether there is nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.processes.is_empty() && self.sockets.is_empty() && self.files.is_empty()
+    }
+}
+
+pub(super) fn look(root: &Path, runtime: &Path) -> Leftovers {
+    let mut files = Vec::new();
+    collect_files(runtime, &runtime.join("srs"), &mut files);
+    files.sort();
+    Leftovers { processes: processes(root), sockets: sockets(runtime), files }
+}
+
+/// Processes that name the root in their command line or run in its environment; zombies are gone already.
+fn processes(root: &Path) -> Vec<(u32, String)> {
+    let root = root.to_string_lossy().into_owned();
+    let variable = format!("XAPI_STORAGE_QCOW2_ROOT={root}");
+    let mut found = Vec::new();
+    let Ok(entries) = std::fs::read_dir("/proc") else { return found };
+    for entry in entries.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        if pid == std::process::id() {
+            continue;
+        }
+        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
+        let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
+        let environment = read("environ");
+        let inside = environment.split(|b| *b == 0).any(|v| v == variable.as_bytes());
+        // Followed by a slash, so that a root is not taken for another one whose name begins alike.
+        if inside || command.contains(&format!("{root}/")) {
+            found.push((pid, command.trim_end().to_owned()));
+        }
+    }
+    found
+}
+
+fn sockets(runtime: &Path) -> Vec<String> {
+    let prefix = format!("{}/", runtime.to_string_lossy());
+    let Ok(table) = std::fs::read_to_string("/proc/net/unix") else { return Vec::new() };
+    let mut bound: Vec<String> = table
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(7))
+        .filter(|path| path.starts_with(&prefix))
+        .map(str::to_owned)
+        .collect();
+    bound.sort();
+    bound.dedup();
+    bound
+}
+
+fn collect_files(dir: &Path, except: &Path, files: &mut Vec<PathBuf>) {
+    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path == except {
+            continue;
+        }
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            collect_files(&path, except, files);
+        } else {
+            files.push(path);
+        }
+    }
+}
