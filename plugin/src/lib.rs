@@ -25,5 +25,6 @@ pub mod lock;
 pub mod nbd;
 pub mod record;
 pub mod smapi;
+pub mod store;
 
 pub use error::{Error, Result};

@@ -1,0 +1,191 @@
+//! The header of a qcow2 file, read to see that the file is what the records say before QEMU is given it.
+//!
+//! QEMU is told the driver and the backing of every layer, and never follows a header. The header's backing string
+//! is a copy of the parent link; that the two agree shows that the file is the one that was meant. The format is
+//! QEMU's docs/interop/qcow2.
+
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// The largest part of a file that a header with its extensions and backing string may take: QEMU's largest cluster.
+const MAX_CLUSTER_BITS: u32 = 21;
+
+/// The length of a version 3 header without the fields that may follow.
+const LENGTH: usize = 104;
+
+/// Features without which the file cannot be read, by bit; QEMU 7.2 knows all that are allowed here.
+mod incompatible {
+    /// Reference counts may be wrong, which opening for writing repairs.
+    pub const DIRTY: u64 = 1 << 0;
+    /// Metadata were found damaged.
+    pub const CORRUPT: u64 = 1 << 1;
+    /// The data is in another file.
+    pub const DATA_FILE: u64 = 1 << 2;
+    /// The compression type is in the header.
+    pub const COMPRESSION: u64 = 1 << 3;
+    /// L2 entries have subclusters.
+    pub const EXTENDED_L2: u64 = 1 << 4;
+    /// What a node of an SR may have.
+    pub const ALLOWED: u64 = DIRTY | COMPRESSION | EXTENDED_L2;
+}
+
+/// The extension that holds the backing file's format.
+const EXTENSION_BACKING_FORMAT: u32 = 0xE279_2ACA;
+
+/// What matters of a qcow2 header that was found acceptable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The size that a guest sees, in bytes.
+    pub virtual_size: u64,
+    /// The backing string, if there is one.
+    pub backing: Option<Vec<u8>>,
+}
+
+impl Header {
+    /// Reads and judges a file's header: version 3, no external data file, not encrypted, no incompatible feature
+    /// that is not known, not marked corrupt, no internal snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Image`] when it is refused, [`Error::Io`] when it cannot be read.
+    pub fn read(path: &Path) -> Result<Self> {
+        let refused = |reason: &str| Error::Image { path: path.to_owned(), reason: reason.to_owned() };
+        // Neither a symlink nor a pipe is ever one of the store's files, and opening one must not wait.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let opened = OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path);
+        let file = opened.map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::NOENT) => refused("the file does not exist"),
+            Some(Errno::LOOP) => refused("it is a symbolic link"),
+            _ => Error::on("opening", path)(error),
+        })?;
+        let metadata = file.metadata().map_err(Error::on("reading the state of", path))?;
+        if !metadata.is_file() {
+            return Err(refused("it is not a file"));
+        }
+        let head = read_at(&file, 0, LENGTH).map_err(Error::on("reading", path))?;
+        let Some(head) = head else {
+            return Err(refused("it is too short for a qcow2 header"));
+        };
+        judge(&head, |offset, length| read_at(&file, offset, length))
+            .map_err(Error::on("reading", path))?
+            .map_err(|reason| refused(&reason))
+    }
+
+    /// Checks that the backing string names `parent`, a file in the same directory, or that there is neither.
+    ///
+    /// # Errors
+    ///
+    /// Both names, in words.
+    pub fn check_backing(&self, parent: Option<&str>) -> Result<(), String> {
+        if self.backing.as_deref() == parent.map(str::as_bytes) {
+            return Ok(());
+        }
+        let found = self.backing.as_deref().map(|name| OsStr::from_bytes(name).to_string_lossy());
+        Err(format!(
+            "its header names {}, the tree's record {}",
+            found.as_deref().unwrap_or("no backing file"),
+            parent.unwrap_or("none"),
+        ))
+    }
+}
+
+/// Reads exactly `length` bytes, or `None` past the end of the file.
+fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = vec![0; length];
+    match file.read_exact_at(&mut bytes, offset) {
+        Ok(()) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the big-endian number at `offset`; a field is always inside the bytes that were read for it.
+fn number<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
+    bytes.get(offset..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_be_bytes(number(bytes, offset))
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_be_bytes(number(bytes, offset))
+}
+
+/// Judges a header's first bytes; more is read where they point to it.
+fn judge(
+    head: &[u8],
+    read: impl Fn(u64, usize) -> io::Result<Option<Vec<u8>>>,
+) -> io::Result<Result<Header, String>> {
+    if !head.starts_with(b"QFI\xfb") {
+        return Ok(Err("it is not a qcow2 file".to_owned()));
+    }
+    let version = u32_at(head, 4);
+    if version != 3 {
+        return Ok(Err(format!("it has qcow2 version {version} instead of 3")));
+    }
+    let cluster_bits = u32_at(head, 20);
+    if !(9..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
+        return Ok(Err(format!("its cluster size of 2^{cluster_bits} bytes is impossible")));
+    }
+    let features = u64_at(head, 72);
+    for (bit, reason) in [
+        (incompatible::CORRUPT, "it is marked as corrupt".to_owned()),
+        (incompatible::DATA_FILE, "its data is in another file".to_owned()),
+        (!incompatible::ALLOWED, format!("it has unknown features ({features:#x})")),
+    ] {
+        if features & bit != 0 {
+            return Ok(Err(reason));
+        }
+    }
+    if u32_at(head, 32) != 0 {
+        return Ok(Err("it is encrypted".to_owned()));
+    }
+    if u32_at(head, 60) != 0 {
+        return Ok(Err("it has internal snapshots".to_owned()));
+    }
+    let virtual_size = u64_at(head, 24);
+    let (backing_at, backing_length) = (u64_at(head, 8), u32_at(head, 16));
+    if backing_at == 0 {
+        return Ok(Ok(Header { virtual_size, backing: None }));
+    }
+    let header_length = u64::from(u32_at(head, 100));
+    let end = backing_at.saturating_add(u64::from(backing_length));
+    if backing_length == 0 || backing_length > 1023 || end > 1 << cluster_bits || backing_at < header_length {
+        return Ok(Err("its backing string is out of place".to_owned()));
+    }
+    let Some(start) = usize::try_from(end).ok().map(|length| read(0, length)).transpose()?.flatten() else {
+        return Ok(Err("it ends within its header".to_owned()));
+    };
+    let (before, backing) = start.split_at(start.len().saturating_sub(backing_length as usize));
+    Ok(check_extensions(before, header_length).map(|()| Header { virtual_size, backing: Some(backing.to_owned()) }))
+}
+
+/// Walks the header's extensions: a backing format, where one is given, must be qcow2.
+fn check_extensions(bytes: &[u8], header_length: u64) -> Result<(), String> {
+    let mut rest = usize::try_from(header_length).ok().and_then(|start| bytes.get(start..)).unwrap_or_default();
+    while let Some((kind, after)) = rest.split_first_chunk::<4>() {
+        let kind = u32::from_be_bytes(*kind);
+        let Some((length, after)) = after.split_first_chunk::<4>().filter(|_| kind != 0) else {
+            break;
+        };
+        let length = u32::from_be_bytes(*length) as usize;
+        let Some(data) = after.get(..length) else {
+            return Err("an extension runs out of its header".to_owned());
+        };
+        if kind == EXTENSION_BACKING_FORMAT && data != b"qcow2" {
+            return Err("its backing file is not qcow2".to_owned());
+        }
+        rest = after.get(length.next_multiple_of(8)..).unwrap_or_default();
+    }
+    Ok(())
+}

@@ -1,0 +1,38 @@
+//! The SR on disk: its record, its trees of nodes and volumes, their locks and their replacement.
+//!
+//! ```text
+//! <sr>/sr.json                          the SR's record (SrRecord)
+//! <sr>/lock                             SR.create, SR.destroy, SR.attach and the SR's name
+//! <sr>/volumes/<volume>                 symlink to ../trees/<tree>
+//! <sr>/trees/<tree>/tree.json           what nodes and volumes there are (Tree)
+//! <sr>/trees/<tree>/<node>.qcow2        a node
+//! <sr>/trees/<tree>/lock                whoever changes tree.json or the files holds it
+//! <sr>/trees/<tree>/spare               blocks set aside for a tree.json, so that a full file system can be freed
+//! <sr>/trees/.new-<tree>/               a tree being made; renamed into place
+//! <sr>/trees/.old-<tree>/               a tree whose last volume is gone, being removed
+//! ```
+//!
+//! tree.json is the truth. A file is made before the commit that names it and removed after the commit that drops
+//! it, so what tree.json names exists, and what it does not name is garbage. A symlink in `volumes` only says where
+//! to look: it exists for every volume, and may be left over for a volume that is gone.
+//!
+//! Readers take no lock: they see one tree.json or the next. Changes are pure functions from [`Tree`] to [`Tree`]
+//! ([`plan`]), carried out by whoever holds the tree's lock ([`LockedTree`]). Locks are taken in the order SR,
+//! tree, attachment, and none is held across a job.
+
+mod header;
+mod image;
+mod locked;
+mod new;
+pub mod plan;
+mod sr;
+mod tree;
+mod uri;
+
+pub use header::Header;
+pub use image::Image;
+pub use locked::{LoadedTree, LockedTree};
+pub use new::NewTree;
+pub use sr::{Sr, SrRecord};
+pub use tree::{Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, SIZE_UNIT, Tree, Volume};
+pub use uri::{sr_path, sr_uri};

@@ -1,0 +1,170 @@
+//! What an operation makes of a tree: pure functions, with every new identifier given from outside.
+//!
+//! ```text
+//!  snapshot(V) as S          clone(V) as C, V idle        clone(V) as C, V written to
+//!
+//!     V            V            V         V  C               V           V   C
+//!     │            │            │         │  │               │           │   │
+//!    [N]    ──►   [O]          [N]  ──►  [N][K]             [N]   ──►   [O] [K]
+//!                  │                        │                             │ │
+//!              S─ [N]                  (K lies on N)                      [N]
+//! ```
+//!
+//! An idle volume keeps its node when it is cloned; it moves to an overlay when it is next written to
+//! ([`overlay`]). A volume that a guest writes to must move at once.
+
+use std::collections::BTreeMap;
+
+use super::tree::{Change, Intent, MAX_VIRTUAL_SIZE, Move, Node, SIZE_UNIT, Tree, Volume};
+use crate::error::{Error, Result};
+use crate::id::{NodeId, VolumeKey};
+use crate::smapi::Keys;
+
+/// The key of xapi's that a snapshot or clone has from its original: what kind of data the volume holds.
+///
+/// SMAPIv3 says that what was set on a volume is not copied. xapi sets this one again, in a call of its own; when
+/// that does not come, a volume without it is mistaken for another kind at the next scan.
+const INHERITED_KEY: &str = "vdi-type";
+
+/// Rounds a size that xapi asks for up to what a volume can have.
+///
+/// # Errors
+///
+/// [`Error::InvalidSize`] for nothing, less than nothing, and more than [`MAX_VIRTUAL_SIZE`].
+pub fn size(asked: i128) -> Result<u64> {
+    let rounded = u64::try_from(asked).ok().and_then(|bytes| bytes.checked_next_multiple_of(SIZE_UNIT));
+    match rounded {
+        Some(bytes) if bytes > 0 && bytes <= MAX_VIRTUAL_SIZE => Ok(bytes),
+        _ => Err(Error::InvalidSize(format!("{asked} bytes; a volume has 1 to {MAX_VIRTUAL_SIZE} bytes"))),
+    }
+}
+
+/// Plans a snapshot: it takes the volume's node, and the volume moves to a new empty overlay.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`].
+pub fn snapshot(tree: &Tree, volume: VolumeKey, snapshot: VolumeKey, new_overlay: NodeId) -> Result<Change> {
+    let original = tree.volume(volume)?;
+    let mut change = overlay(tree, volume, new_overlay, None)?;
+    change.volumes = BTreeMap::from([(snapshot, copy_of(original, original.node))]);
+    Ok(change)
+}
+
+/// Plans a clone: it gets a new overlay on the volume's node. With `moves_to`, the volume moves to that overlay too,
+/// because a guest writes to it.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`].
+pub fn clone(
+    tree: &Tree,
+    volume: VolumeKey,
+    clone: VolumeKey,
+    clone_node: NodeId,
+    moves_to: Option<NodeId>,
+) -> Result<Change> {
+    let original = tree.volume(volume)?;
+    let mut change = match moves_to {
+        Some(new_overlay) => overlay(tree, volume, new_overlay, None)?,
+        None => Change::default(),
+    };
+    let virtual_size = tree.node(original.node)?.virtual_size;
+    change.nodes.insert(clone_node, Node { parent: Some(original.node), virtual_size });
+    change.volumes = BTreeMap::from([(clone, copy_of(original, clone_node))]);
+    Ok(change)
+}
+
+/// Plans a new empty overlay under a volume, which its node's children need before it is written to; as large as
+/// its node, or larger where a size is given.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`].
+pub fn overlay(tree: &Tree, volume: VolumeKey, overlay: NodeId, virtual_size: Option<u64>) -> Result<Change> {
+    let below = tree.volume(volume)?.node;
+    let virtual_size = virtual_size.unwrap_or(tree.node(below)?.virtual_size);
+    Ok(Change {
+        nodes: BTreeMap::from([(overlay, Node { parent: Some(below), virtual_size })]),
+        volumes: BTreeMap::new(),
+        moves: Some(Move { volume, overlay }),
+    })
+}
+
+/// Makes a copied volume's record: nobody uses it yet, and xapi's keys are not its.
+fn copy_of(original: &Volume, node: NodeId) -> Volume {
+    let keys: Keys =
+        original.keys.iter().filter(|(key, _)| *key == INHERITED_KEY).map(|(k, v)| (k.clone(), v.clone())).collect();
+    Volume {
+        node,
+        name: original.name.clone(),
+        description: original.description.clone(),
+        // A snapshot is not reported read-only: xapi could not import a VM with one (xen-api #7268).
+        read_write: true,
+        sharable: original.sharable,
+        cbt_enabled: original.cbt_enabled,
+        keys,
+        active: Vec::new(),
+    }
+}
+
+/// Applies a change at once.
+pub fn applied(tree: &Tree, change: &Change) -> Tree {
+    let mut after = tree.clone();
+    after.add(change);
+    after
+}
+
+/// Writes an intent down.
+///
+/// # Errors
+///
+/// [`Error::Internal`] when there is one already.
+pub fn with_intent(tree: &Tree, intent: Intent) -> Result<Tree> {
+    if tree.intent.is_some() {
+        return Err(Error::Internal("an operation was begun before another was finished".to_owned()));
+    }
+    Ok(Tree { intent: Some(intent), ..tree.clone() })
+}
+
+/// Ends an intent whose effect took place.
+pub fn rolled_forward(tree: &Tree) -> Tree {
+    let mut after = tree.clone();
+    match after.intent.take() {
+        None => {}
+        Some(Intent::Switch(change)) => after.add(&change),
+        Some(Intent::Resize { node, virtual_size, .. }) => {
+            if let Some(node) = after.nodes.get_mut(&node) {
+                node.virtual_size = virtual_size;
+            }
+        }
+    }
+    after
+}
+
+/// Ends an intent whose effect did not take place.
+pub fn rolled_back(tree: &Tree) -> Tree {
+    Tree { intent: None, ..tree.clone() }
+}
+
+/// Plans a volume's end: it goes, and with it every node that then has neither volume nor children. `None` when it
+/// is the last volume, and the whole tree goes.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`].
+pub fn destroyed(tree: &Tree, key: VolumeKey) -> Result<Option<Tree>> {
+    let mut after = tree.clone();
+    let mut node = Some(tree.volume(key)?.node);
+    after.volumes.remove(&key);
+    if after.volumes.is_empty() {
+        return Ok(None);
+    }
+    while let Some(id) = node {
+        if after.is_frozen(id) || after.volumes.values().any(|volume| volume.node == id) {
+            break;
+        }
+        node = after.nodes.remove(&id).and_then(|removed| removed.parent);
+    }
+    Ok(Some(after))
+}

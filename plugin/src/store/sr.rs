@@ -1,0 +1,365 @@
+//! An SR: its record, where it is, and what is in it.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::locked::{self, LoadedTree, LockedTree};
+use super::tree::Tree;
+use super::uri::{sr_path, sr_uri};
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::id::{SrUuid, TreeId, VolumeKey};
+use crate::lock::FileLock;
+use crate::record::{self, Durability, Record};
+use crate::smapi::Configuration;
+
+/// The prefix of a tree's directory while it is made; the rename that takes it away is the commit.
+pub(super) const NEW: &str = ".new-";
+/// The prefix of a tree's directory while it is removed; the rename that adds it is the commit.
+pub(super) const OLD: &str = ".old-";
+
+/// The record of an SR, `sr.json`.
+///
+/// Format 1 is an object of these four fields. An SR is where this file is: a directory without it is not an empty
+/// SR but none at all, such as the mount point of a file system that is not mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SrRecord {
+    /// The format of the record.
+    pub format: u64,
+    /// The SR's uuid, chosen by xapi.
+    pub uuid: SrUuid,
+    /// The name for people, any text.
+    pub name: String,
+    /// The description for people, any text.
+    pub description: String,
+}
+
+impl Record for SrRecord {
+    const FORMAT: u64 = 1;
+}
+
+/// The record of an attached SR in this host's runtime directory: where it is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AttachedRecord {
+    format: u64,
+    /// The SR's path as a URI, which can hold what JSON cannot.
+    uri: String,
+}
+
+impl Record for AttachedRecord {
+    const FORMAT: u64 = 1;
+}
+
+/// An SR whose record was read.
+#[derive(Clone, Debug)]
+pub struct Sr {
+    /// The SR's directory.
+    pub path: PathBuf,
+    /// Its record.
+    pub record: SrRecord,
+}
+
+impl Sr {
+    /// Makes an SR in an existing directory. Called again with the same uuid it leaves the SR as it is, with the new
+    /// name and description.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrExists`] when another SR is there, [`Error::InvalidDeviceConfig`] when there is no directory.
+    pub fn create(host: &Host, path: &Path, uuid: SrUuid, name: &str, description: &str) -> Result<Self> {
+        if !path.is_dir() {
+            let reason = format!("{} is not a directory", path.display());
+            return Err(Error::InvalidDeviceConfig { key: "uri", reason });
+        }
+        let _lock = FileLock::acquire(&path.join("lock"), host.settings()?.lock())?;
+        let record_path = path.join("sr.json");
+        match record::read_if_present::<SrRecord>(&record_path)? {
+            Some(record) if record.uuid != uuid => return Err(Error::SrExists(path.to_owned())),
+            Some(_) => {}
+            None => {
+                for name in ["trees", "volumes"] {
+                    let directory = path.join(name);
+                    make_directory(&directory)?;
+                    // Volumes without their SR's record: it was lost, and a new one must not hide that.
+                    let mut entries = fs::read_dir(&directory).map_err(Error::on("listing", &directory))?;
+                    if entries.next().is_some() {
+                        return Err(Error::SrExists(path.to_owned()));
+                    }
+                }
+            }
+        }
+        let record =
+            SrRecord { format: SrRecord::FORMAT, uuid, name: name.to_owned(), description: description.to_owned() };
+        record::write(&record_path, &record, Durability::Durable)?;
+        Ok(Self { path: path.to_owned(), record })
+    }
+
+    /// Opens the SR in a directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrUnavailable`] when none is there; the record's own errors when it cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        match Self::find(path)? {
+            Some(sr) => Ok(sr),
+            None => Err(Error::SrUnavailable {
+                path: path.join("sr.json"),
+                reason: "the file does not exist: there is no SR, or its file system is not mounted".to_owned(),
+            }),
+        }
+    }
+
+    /// Looks for an SR in a directory.
+    ///
+    /// # Errors
+    ///
+    /// The record's, when it is there and cannot be read.
+    pub fn find(path: &Path) -> Result<Option<Self>> {
+        let record = record::read_if_present(&path.join("sr.json"))?;
+        Ok(record.map(|record| Self { path: path.to_owned(), record }))
+    }
+
+    /// Opens an SR that is attached on this host.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrNotAttached`]; [`Error::SrUnavailable`] when it is no longer where it was attached.
+    pub fn attached(host: &Host, uuid: SrUuid) -> Result<Self> {
+        let Some(attached) = record::read_if_present::<AttachedRecord>(&host.sr_record(uuid))? else {
+            return Err(Error::SrNotAttached(uuid.to_string()));
+        };
+        let sr = Self::open(&sr_path(&Configuration::from([("uri".to_owned(), attached.uri)]))?)?;
+        if sr.record.uuid != uuid {
+            return Err(Error::SrUnavailable {
+                path: sr.path.join("sr.json"),
+                reason: format!("it is of SR {}, not of {uuid}", sr.record.uuid),
+            });
+        }
+        Ok(sr)
+    }
+
+    /// Records that the SR is attached on this host, wherever it was before.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be written.
+    pub fn attach(&self, host: &Host) -> Result<()> {
+        let path = host.sr_record(self.record.uuid);
+        if let Some(directory) = path.parent() {
+            host.make_runtime_dir(directory)?;
+        }
+        let record = AttachedRecord { format: AttachedRecord::FORMAT, uri: sr_uri(&self.path) };
+        record::write(&path, &record, Durability::UntilReboot)
+    }
+
+    /// Forgets that an SR is attached on this host, if it is.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be removed.
+    pub fn detach(host: &Host, uuid: SrUuid) -> Result<()> {
+        let path = host.sr_record(uuid);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Changes the SR's name and description under its lock.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be replaced.
+    pub fn update(&mut self, host: &Host, change: impl FnOnce(&mut SrRecord)) -> Result<()> {
+        let _lock = self.lock_sr(host)?;
+        let path = self.path.join("sr.json");
+        let mut record = record::read(&path)?;
+        change(&mut record);
+        record::write(&path, &record, Durability::Durable)?;
+        self.record = record;
+        Ok(())
+    }
+
+    /// Takes the SR's own lock.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] when another holds it for too long.
+    pub fn lock_sr(&self, host: &Host) -> Result<FileLock> {
+        FileLock::acquire(&self.path.join("lock"), host.settings()?.lock())
+    }
+
+    /// Reads the tree that holds a volume, without a lock.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeDoesNotExist`]; an error that names the file where the tree's record cannot be read.
+    pub fn load(&self, key: VolumeKey) -> Result<LoadedTree> {
+        let missing = || Error::VolumeDoesNotExist(key.to_string());
+        let id = self.tree_of(key)?.ok_or_else(missing)?;
+        let loaded = self.read_tree(id)?.ok_or_else(missing)?;
+        loaded.tree.volume(key)?;
+        Ok(loaded)
+    }
+
+    /// Locks the tree that holds a volume, and reads it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`]; [`Error::Timeout`] when another holds the lock for too long.
+    pub fn lock(&self, host: &Host, key: VolumeKey) -> Result<LockedTree> {
+        let patience = host.settings()?.lock();
+        let missing = || Error::VolumeDoesNotExist(key.to_string());
+        loop {
+            let id = self.tree_of(key)?.ok_or_else(missing)?;
+            let directory = self.tree_directory(id);
+            let lock = match FileLock::acquire(&directory.join("lock"), patience) {
+                Ok(lock) => lock,
+                // The tree went away; the symlink says whether the volume did.
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    if self.tree_of(key)? == Some(id) && !directory.exists() {
+                        return Err(missing());
+                    }
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            if self.tree_of(key)? != Some(id) {
+                continue;
+            }
+            let loaded = self.read_tree(id)?.ok_or_else(missing)?;
+            loaded.tree.volume(key)?;
+            return Ok(LockedTree::new(loaded, lock));
+        }
+    }
+
+    /// Lists the trees there are, in no order; those that are being made or removed are left out.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read, or holds what is not a tree.
+    pub fn tree_ids(&self) -> Result<Vec<TreeId>> {
+        let directory = self.trees();
+        let mut ids = Vec::new();
+        for entry in self.entries(&directory)? {
+            let name = entry.map_err(Error::on("listing", &directory))?.file_name();
+            let text = name.to_string_lossy();
+            if text.starts_with('.') {
+                continue;
+            }
+            let id = text.parse().map_err(|_| Error::DamagedRecord {
+                path: directory.join(&name),
+                reason: "it is not a tree's directory".to_owned(),
+            })?;
+            ids.push(id);
+        }
+        ids.sort();
+        ids.dedup();
+        Ok(ids)
+    }
+
+    /// Reads a tree without a lock; `None` when it is gone.
+    ///
+    /// # Errors
+    ///
+    /// When its record cannot be read, or its directory has none.
+    pub fn read_tree(&self, id: TreeId) -> Result<Option<LoadedTree>> {
+        let directory = self.tree_directory(id);
+        let Some(tree) = locked::read(&directory)? else {
+            return Ok(None);
+        };
+        Ok(Some(LoadedTree { id, directory, tree }))
+    }
+
+    /// Opens one of the SR's directories.
+    pub(super) fn entries(&self, directory: &Path) -> Result<fs::ReadDir> {
+        fs::read_dir(directory).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => self.unavailable(directory),
+            _ => Error::on("listing", directory)(error),
+        })
+    }
+
+    /// Finds which tree a volume's symlink names.
+    pub(super) fn tree_of(&self, key: VolumeKey) -> Result<Option<TreeId>> {
+        let link = self.volume_link(key);
+        let target = match fs::read_link(&link) {
+            Ok(target) => target,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // A file system that was unmounted has no volumes either: that must not pass for their absence.
+                let volumes = self.path.join("volumes");
+                return if volumes.is_dir() { Ok(None) } else { Err(self.unavailable(&volumes)) };
+            }
+            Err(error) => return Err(Error::on("reading symlink", &link)(error)),
+        };
+        let id = target.to_str().and_then(|text| text.strip_prefix("../trees/")).and_then(|text| text.parse().ok());
+        id.map(Some)
+            .ok_or_else(|| Error::DamagedRecord { path: link, reason: "it does not point to a tree".to_owned() })
+    }
+
+    /// Makes the symlink by which a volume is found, durably.
+    pub(super) fn link(&self, key: VolumeKey, id: TreeId) -> Result<()> {
+        let link = self.volume_link(key);
+        match std::os::unix::fs::symlink(format!("../trees/{id}"), &link) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && self.tree_of(key)? == Some(id) => {}
+            result => result.map_err(Error::on("making symlink", &link))?,
+        }
+        record::sync_directory(&self.path.join("volumes"))
+    }
+
+    /// Removes a volume's symlink, if it is there.
+    pub(super) fn unlink(&self, key: VolumeKey) -> Result<()> {
+        let link = self.volume_link(key);
+        match fs::remove_file(&link) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &link)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives the directory of all trees.
+    pub(super) fn trees(&self) -> PathBuf {
+        self.path.join("trees")
+    }
+
+    /// Gives a tree's directory.
+    pub(super) fn tree_directory(&self, id: TreeId) -> PathBuf {
+        self.trees().join(id.to_string())
+    }
+
+    fn volume_link(&self, key: VolumeKey) -> PathBuf {
+        self.path.join("volumes").join(key.to_string())
+    }
+
+    /// Turns a failure in a directory of the SR into that of the SR where the SR itself is gone.
+    pub(super) fn or_gone(&self, error: Error) -> Error {
+        match &error {
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => self.unavailable(&self.trees()),
+            _ => error,
+        }
+    }
+
+    fn unavailable(&self, missing: &Path) -> Error {
+        Error::SrUnavailable { path: missing.to_owned(), reason: "the directory does not exist".to_owned() }
+    }
+}
+
+/// Makes a directory that only its owner may read, unless it is there.
+pub(super) fn make_directory(path: &Path) -> Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result.map_err(Error::on("making directory", path)),
+    }
+}
+
+/// Tells whether the tree's record is sound, for [`locked::read`].
+pub(super) fn checked(path: &Path, tree: Tree) -> Result<Tree> {
+    match tree.check() {
+        Ok(()) => Ok(tree),
+        Err(reason) => Err(Error::DamagedRecord { path: path.to_owned(), reason }),
+    }
+}

@@ -1,0 +1,343 @@
+//! A tree's record: the nodes that share a root, and the volumes on them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+use crate::id::{NodeId, VolumeKey};
+use crate::record::Record;
+use crate::smapi::Keys;
+
+/// The unit of virtual sizes in bytes: a size asked for is rounded up to a multiple of it, so that a volume copied
+/// between two SRs has the same size on both, whatever block size is underneath.
+pub const SIZE_UNIT: u64 = 4096;
+
+/// The largest virtual size in bytes, 64 TiB.
+pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
+
+/// The record of a tree, `tree.json`: the truth about what nodes and volumes there are.
+///
+/// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. A field
+/// that is not known is an error: whatever adds one raises the format. What [`Self::check`] asks for holds of every
+/// tree that was loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tree {
+    /// The format of the record.
+    pub format: u64,
+    /// The nodes; `<node>.qcow2` beside the record holds each one's data.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// The volumes, by xapi's key.
+    pub volumes: BTreeMap<VolumeKey, Volume>,
+    /// An operation that was begun and whose end is not recorded; whoever locks the tree next finishes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub intent: Option<Intent>,
+}
+
+/// One qcow2 file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// The node below it, whose data shows where this one has none; none for the root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<NodeId>,
+    /// The size that a guest sees, in bytes; the same as in the file's header.
+    pub virtual_size: u64,
+}
+
+/// What xapi sees: a name for one node, with all that xapi stores about it.
+///
+/// Snapshots are volumes like others. A volume whose node has children is not written to: before that it moves to
+/// an overlay ([`super::plan::overlay`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Volume {
+    /// The node that holds its data; no other volume names it.
+    pub node: NodeId,
+    /// The name for people, any text.
+    pub name: String,
+    /// The description for people, any text.
+    pub description: String,
+    /// Whether a guest may write to it.
+    pub read_write: bool,
+    /// Whether several guests may write to it at once.
+    pub sharable: bool,
+    /// Whether changed blocks are tracked.
+    pub cbt_enabled: bool,
+    /// The keys that xapi set, any text.
+    #[serde(default, skip_serializing_if = "Keys::is_empty")]
+    pub keys: Keys,
+    /// Who has its datapath active: at most one record a host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub active: Vec<Activation>,
+}
+
+/// A host's claim on a volume, which stands until that host takes it back or is seen to have booted since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Activation {
+    /// The host.
+    pub host: Uuid,
+    /// The boot of that host: a record of this host with another boot id is stale.
+    pub boot_id: Uuid,
+    /// What the host may do.
+    pub mode: Mode,
+}
+
+/// What an activated volume is open for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Mode {
+    /// Reading.
+    #[serde(rename = "ro")]
+    ReadOnly,
+    /// Reading and writing.
+    #[serde(rename = "rw")]
+    ReadWrite,
+}
+
+/// What an operation adds to a tree: nodes, volumes, and at most one volume that moves to one of the new nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Change {
+    /// The nodes that are added; their files are made before anything names them.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// The volumes that are added.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub volumes: BTreeMap<VolumeKey, Volume>,
+    /// The volume that moves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moves: Option<Move>,
+}
+
+/// A volume's move from its node to an overlay on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Move {
+    /// The volume.
+    pub volume: VolumeKey,
+    /// The overlay, whose parent is the volume's node.
+    pub overlay: NodeId,
+}
+
+/// An operation whose effect is partly outside the record, written down before that part is done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Intent {
+    /// The running daemon of [`Move::volume`] is being switched to the overlay; then the change becomes part of the
+    /// tree. Undone by removing the overlay, but only where the daemon is known not to write to it.
+    Switch(Change),
+    /// A node's file is being grown to `virtual_size`; the file's header says whether it was.
+    Resize {
+        /// The volume that is resized.
+        volume: VolumeKey,
+        /// The volume's node.
+        node: NodeId,
+        /// The new size in bytes.
+        virtual_size: u64,
+    },
+}
+
+impl Intent {
+    /// Gives the volume whose daemon the operation concerns.
+    pub fn volume(&self) -> Option<VolumeKey> {
+        match self {
+            Self::Switch(change) => change.moves.map(|moves| moves.volume),
+            Self::Resize { volume, .. } => Some(*volume),
+        }
+    }
+}
+
+impl Record for Tree {
+    const FORMAT: u64 = 1;
+}
+
+impl Tree {
+    /// Makes the tree of one volume on one empty node.
+    pub fn of_one(key: VolumeKey, volume: Volume, virtual_size: u64) -> Self {
+        Self {
+            format: Self::FORMAT,
+            nodes: BTreeMap::from([(volume.node, Node { parent: None, virtual_size })]),
+            volumes: BTreeMap::from([(key, volume)]),
+            intent: None,
+        }
+    }
+
+    /// Finds a volume.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeDoesNotExist`].
+    pub fn volume(&self, key: VolumeKey) -> Result<&Volume> {
+        self.volumes.get(&key).ok_or_else(|| Error::VolumeDoesNotExist(key.to_string()))
+    }
+
+    /// Finds a volume, to change it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeDoesNotExist`].
+    pub fn volume_mut(&mut self, key: VolumeKey) -> Result<&mut Volume> {
+        self.volumes.get_mut(&key).ok_or_else(|| Error::VolumeDoesNotExist(key.to_string()))
+    }
+
+    /// Finds a node that the tree is known to have.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] for a node of another tree.
+    pub fn node(&self, id: NodeId) -> Result<&Node> {
+        self.nodes.get(&id).ok_or_else(|| Error::Internal(format!("node {id} is not in this tree")))
+    }
+
+    /// Gives a node and all below it, down to the root: what a guest on that node reads.
+    pub fn chain(&self, node: NodeId) -> Vec<NodeId> {
+        // Bounded by the number of nodes, so that it ends on a record that was not checked.
+        let parent = |id: &NodeId| self.nodes.get(id).and_then(|node| node.parent);
+        std::iter::successors(Some(node), parent).take(self.nodes.len()).collect()
+    }
+
+    /// Gives the nodes that lie directly on a node.
+    pub fn children(&self, parent: NodeId) -> impl Iterator<Item = NodeId> {
+        self.nodes.iter().filter(move |(_, node)| node.parent == Some(parent)).map(|(id, _)| *id)
+    }
+
+    /// Tells whether others lie on a node, or are about to: it is then never written to.
+    pub fn is_frozen(&self, id: NodeId) -> bool {
+        let pending = match &self.intent {
+            Some(Intent::Switch(change)) => change.nodes.values().any(|node| node.parent == Some(id)),
+            Some(Intent::Resize { .. }) | None => false,
+        };
+        pending || self.children(id).next().is_some()
+    }
+
+    /// Gives every node whose file must stay: those of the tree and those of an operation under way.
+    pub fn referenced_nodes(&self) -> BTreeSet<NodeId> {
+        let pending = match &self.intent {
+            Some(Intent::Switch(change)) => change.nodes.keys().copied().collect(),
+            Some(Intent::Resize { .. }) | None => Vec::new(),
+        };
+        self.nodes.keys().copied().chain(pending).collect()
+    }
+
+    /// Gives every volume whose symlink must stay.
+    pub fn referenced_volumes(&self) -> BTreeSet<VolumeKey> {
+        let pending = match &self.intent {
+            Some(Intent::Switch(change)) => change.volumes.keys().copied().collect(),
+            Some(Intent::Resize { .. }) | None => Vec::new(),
+        };
+        self.volumes.keys().copied().chain(pending).collect()
+    }
+
+    /// Checks that the record means something: the nodes form one tree, every volume has a node of its own in it,
+    /// sizes are possible, and an intent fits.
+    ///
+    /// # Errors
+    ///
+    /// What does not hold, in words.
+    pub fn check(&self) -> Result<(), String> {
+        self.check_nodes()?;
+        self.check_volumes()?;
+        match &self.intent {
+            None => Ok(()),
+            Some(Intent::Switch(change)) => self.check_switch(change),
+            Some(Intent::Resize { volume, node, virtual_size }) => {
+                check_size(*node, *virtual_size)?;
+                match self.volumes.get(volume) {
+                    Some(found) if found.node == *node => Ok(()),
+                    _ => Err(format!("the intent resizes volume {volume}, which is not on node {node}")),
+                }
+            }
+        }
+    }
+
+    fn check_nodes(&self) -> Result<(), String> {
+        let mut roots = 0;
+        for (id, node) in &self.nodes {
+            check_size(*id, node.virtual_size)?;
+            match node.parent {
+                None => roots += 1,
+                Some(parent) if !self.nodes.contains_key(&parent) => {
+                    return Err(format!("node {id} has parent {parent}, which is not there"));
+                }
+                Some(_) => {}
+            }
+        }
+        // With every parent there, a node from which no root is reached is on a cycle or leads to one.
+        let mut rooted: BTreeSet<NodeId> = BTreeSet::new();
+        for id in self.nodes.keys() {
+            let chain: Vec<NodeId> = self.chain(*id).into_iter().take_while(|node| !rooted.contains(node)).collect();
+            let reached = chain.last().is_none_or(|last| {
+                let parent = self.nodes.get(last).and_then(|node| node.parent);
+                parent.is_none_or(|parent| rooted.contains(&parent))
+            });
+            if !reached {
+                return Err(format!("the parents of node {id} go round in a circle"));
+            }
+            rooted.extend(chain);
+        }
+        if roots != 1 {
+            return Err(format!("it has {roots} roots instead of one"));
+        }
+        Ok(())
+    }
+
+    fn check_volumes(&self) -> Result<(), String> {
+        if self.volumes.is_empty() {
+            return Err("it has no volume".to_owned());
+        }
+        let mut owners = BTreeMap::new();
+        for (key, volume) in &self.volumes {
+            if !self.nodes.contains_key(&volume.node) {
+                return Err(format!("volume {key} is on node {}, which is not there", volume.node));
+            }
+            if let Some(other) = owners.insert(volume.node, key) {
+                return Err(format!("volumes {other} and {key} are on one node"));
+            }
+            let hosts: BTreeSet<Uuid> = volume.active.iter().map(|activation| activation.host).collect();
+            if hosts.len() != volume.active.len() {
+                return Err(format!("volume {key} has two activations of one host"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_switch(&self, change: &Change) -> Result<(), String> {
+        let Some(moves) = change.moves else {
+            return Err("the intent switches no volume".to_owned());
+        };
+        let parent = change.nodes.get(&moves.overlay).and_then(|node| node.parent);
+        if parent.is_none() || self.volumes.get(&moves.volume).map(|volume| volume.node) != parent {
+            return Err(format!("the intent's overlay {} does not lie on its volume's node", moves.overlay));
+        }
+        if change.nodes.keys().any(|node| self.nodes.contains_key(node))
+            || change.volumes.keys().any(|key| self.volumes.contains_key(key))
+        {
+            return Err("the intent adds what is there already".to_owned());
+        }
+        // The tree that it leads to must be as sound as this one.
+        let mut after = Self { intent: None, ..self.clone() };
+        after.add(change);
+        after.check()
+    }
+
+    /// Puts a change into the tree.
+    pub(super) fn add(&mut self, change: &Change) {
+        self.nodes.extend(change.nodes.clone());
+        self.volumes.extend(change.volumes.clone());
+        if let Some(moves) = change.moves
+            && let Some(volume) = self.volumes.get_mut(&moves.volume)
+        {
+            volume.node = moves.overlay;
+        }
+    }
+}
+
+/// Checks a size that a record gives.
+fn check_size(node: NodeId, size: u64) -> Result<(), String> {
+    if size == 0 || size > MAX_VIRTUAL_SIZE || !size.is_multiple_of(512) {
+        return Err(format!("node {node} has the impossible size {size}"));
+    }
+    Ok(())
+}
