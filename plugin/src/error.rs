@@ -134,6 +134,16 @@ pub enum Error {
         /// What QEMU said.
         reason: String,
     },
+    /// The storage daemon refused a command.
+    #[error("QMP {command} failed: {desc}")]
+    Qmp {
+        /// The command.
+        command: String,
+        /// The error's class, as QMP names it.
+        class: String,
+        /// What the daemon said.
+        desc: String,
+    },
     /// Something did not answer in its time.
     #[error("{doing} took more than {seconds} seconds")]
     Timeout {
@@ -216,7 +226,7 @@ impl Error {
             Self::Io { .. } => 200,
             Self::Timeout { .. } => 201,
             Self::MirrorBroken { .. } => 202,
-            Self::Qemu { .. } => 453,
+            Self::Qemu { .. } | Self::Qmp { .. } => 453,
             Self::ReadOnlyFileSystem { .. } => 461,
             Self::Internal(_) => 1200,
         };

@@ -23,6 +23,7 @@ pub mod host;
 pub mod id;
 pub mod lock;
 pub mod nbd;
+pub mod qemu;
 pub mod record;
 pub mod smapi;
 pub mod store;

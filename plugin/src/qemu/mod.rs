@@ -1,0 +1,77 @@
+//! QEMU: its image tool, its storage daemon, and the protocol the daemon is spoken to.
+//!
+//! ```text
+//!   attachment ──► daemon   one qemu-storage-daemon a volume: start, find again, stop
+//!        │
+//!        ├───────► graph    what the daemon has open: a chain of nodes under one export
+//!        │           │
+//!        │           ▼
+//!        └───────► qmp      the daemon's monitor
+//!
+//!   store ───────► img      qemu-img, for images that nobody has open
+//! ```
+//!
+//! QEMU never learns a chain from the images themselves: every layer is given to it, with its format and its
+//! backing, so that nothing a guest writes to its disk can make another file be opened.
+
+pub mod img;
+mod program;
+pub mod qmp;
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::id::NodeId;
+pub use program::find as find_program;
+
+/// One qcow2 file of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// The node it is.
+    pub node: NodeId,
+    /// Where it is: an absolute path.
+    pub path: PathBuf,
+    /// The size that a reader of this layer sees, in bytes.
+    pub virtual_size: u64,
+}
+
+impl Image {
+    /// Gives the path as QEMU takes it in JSON.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadRequest`] when the path is not UTF-8, which QMP cannot carry.
+    pub fn filename(&self) -> Result<&str> {
+        self.path.to_str().ok_or_else(|| Error::BadRequest(format!("the path {} is not UTF-8", self.path.display())))
+    }
+}
+
+/// Runs what needs QEMU, on a runtime of one thread that ends with it.
+///
+/// # Errors
+///
+/// Those of the future; else the runtime could not be made.
+pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("starting the runtime", error))?;
+    runtime.block_on(future)
+}
+
+/// Describes a chain, top first, to QEMU's tools: one name that needs no header to be followed.
+///
+/// # Errors
+///
+/// [`Error::BadRequest`] when a path is not UTF-8.
+pub fn chain_filename(images: &[Image]) -> Result<String> {
+    let mut below = Value::Null;
+    for image in images.iter().rev() {
+        let file = json!({"driver": "file", "filename": image.filename()?});
+        below = json!({"driver": "qcow2", "file": file, "backing": below});
+    }
+    Ok(format!("json:{below}"))
+}
