@@ -22,6 +22,7 @@ pub mod error;
 pub mod host;
 pub mod id;
 pub mod lock;
+pub mod mirror;
 pub mod nbd;
 pub mod qemu;
 pub mod record;

@@ -74,14 +74,15 @@ fn shorten(text: &str) -> String {
 /// `--list-methods` it prints the methods' names, one a line.
 pub fn main(methods: &[Method]) -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    start_log();
+    start_log("warn");
     run(methods, &arguments, &Host::from_environment(), &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
 }
 
-/// Starts logging to standard error, which xapi-storage-script shows only with a failure.
-fn start_log() {
+/// Starts logging to standard error, which xapi-storage-script shows only with a failure. [`LOG_VARIABLE`] chooses
+/// what is logged, else `default` does. To be called once in a process.
+pub fn start_log(default: &str) {
     let filter = tracing_subscriber::EnvFilter::try_from_env(LOG_VARIABLE)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
 }
 

@@ -246,6 +246,11 @@ impl DataStatus {
     pub fn failed() -> Self {
         Self { failed: true, complete: false, progress: None }
     }
+
+    /// Tells whether the operation goes on and is not complete.
+    pub fn is_running(&self) -> bool {
+        !self.failed && !self.complete
+    }
 }
 
 /// Decodes a value that may be absent but not `null`; for `#[serde(default, deserialize_with = …)]`.

@@ -1,0 +1,172 @@
+//! Ending mirrors from other calls, and keeping their records.
+
+use std::fs;
+use std::time::Duration;
+
+use super::control::{EndRequest, How};
+use super::job;
+use super::record::{MirrorRecord, Phase};
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::id::{Domain, VolumeKey};
+
+/// Seconds that a supervisor gets beyond the time for the drain itself; cutting a connection takes milliseconds.
+const MARGIN: Duration = Duration::from_secs(10);
+
+/// Seconds that a killed supervisor gets to be gone.
+const KILL: Duration = Duration::from_secs(10);
+
+/// Ends a mirror, whatever its state, and gives its last record; one that has ended stays as it is.
+///
+/// A supervisor that does not answer in time is killed, which cuts the mirror's connection; a dead one's job and nodes
+/// are removed from the storage daemon. After this no block job holds the volume.
+///
+/// # Errors
+///
+/// When the supervisor can be neither reached nor killed, or the storage daemon does not give up the job.
+pub fn end(host: &Host, record: &MirrorRecord, how: How, reason: &str) -> Result<MirrorRecord> {
+    if record.is_running(host) {
+        let patience = match how {
+            How::Finish => Duration::from_secs(host.settings()?.drain_seconds) + MARGIN,
+            How::Cancel => MARGIN,
+        };
+        let request = EndRequest { end: how, reason: reason.to_owned() };
+        if let Err(error) = request.send(host, record, patience) {
+            tracing::error!(mirror = %record.key, error = error.chain(), "killing a supervisor that does not answer");
+            if let Some(process) = record.supervisor {
+                process.kill(host, KILL)?;
+            }
+        }
+    }
+    let mut record = MirrorRecord::load(host, record.key)?.unwrap_or_else(|| record.clone());
+    if !record.phase.is_terminal() {
+        // Its supervisor died. QEMU's job failed with the connection, which was the supervisor's own.
+        job::clear_after_death(host, record.volume)?;
+        record.phase = Phase::Failed;
+        record.reason = Some("its supervisor ended unexpectedly".to_owned());
+        if let Err(error) = record.store(host) {
+            tracing::warn!(mirror = %record.key, error = error.chain(), "the end of a mirror could not be recorded");
+        }
+        let _ = fs::remove_file(EndRequest::socket(host, record.key));
+    }
+    Ok(record)
+}
+
+/// Ends every mirror that has a volume as its source, as failed: what Volume.snapshot means to xapi during a
+/// migration (xen-api `ocaml/xapi/storage_migrate.ml`, `stop`), and what any change of the volume's node needs.
+///
+/// xapi then knows how they ended, so that Datapath.deactivate no longer fails for them.
+///
+/// # Errors
+///
+/// As [`end`].
+pub fn end_for_snapshot(host: &Host, volume: VolumeKey) -> Result<()> {
+    for record in MirrorRecord::of_volume(host, volume)? {
+        let mut record = end(host, &record, How::Cancel, "the volume was snapshotted or changed")?;
+        acknowledge(host, &mut record)?;
+    }
+    Ok(())
+}
+
+/// Tells whether a mirror that has this volume as its source goes on.
+///
+/// # Errors
+///
+/// When the directory of mirrors cannot be read.
+pub fn is_running(host: &Host, volume: VolumeKey) -> Result<bool> {
+    Ok(MirrorRecord::of_volume(host, volume)?.iter().any(|record| record.is_running(host)))
+}
+
+/// Records that xapi knows how a mirror ended; one that goes on is left alone.
+///
+/// # Errors
+///
+/// When the record cannot be written.
+pub fn acknowledge(host: &Host, record: &mut MirrorRecord) -> Result<()> {
+    if record.acknowledged || !record.phase.is_terminal() {
+        return Ok(());
+    }
+    record.acknowledged = true;
+    record.store(host)
+}
+
+/// Ends what a datapath's deactivation ends: the mirror of the guest's own disk is drained, any other is cancelled.
+///
+/// `is_last` says that no other domain holds the volume open after this one. Nothing else tells a mirror its end
+/// (xen-api `ocaml/xapi/storage_smapiv3_migrate.ml`, receive_finalize3 follows at the destination), so this waits for
+/// it. No lock may be held.
+///
+/// # Errors
+///
+/// [`Error::MirrorBroken`] when the destination lacks writes of a mirror that was complete before; again on every
+/// call until a call shows that xapi knows. Then nothing was deactivated.
+pub fn before_deactivate(host: &Host, volume: VolumeKey, domain: &Domain, is_last: bool) -> Result<()> {
+    for record in MirrorRecord::of_volume(host, volume)? {
+        if record.domain != *domain && !is_last && !record.offline {
+            continue;
+        }
+        let mut record = record;
+        if !record.phase.is_terminal() {
+            let how = if record.live && record.was_complete { How::Finish } else { How::Cancel };
+            record = end(host, &record, how, &format!("domain {domain} was deactivated"))?;
+        }
+        if record.must_be_told(host) {
+            record.raised = true;
+            record.store(host)?;
+            let reason = record.reason.unwrap_or_else(|| "it did not finish".to_owned());
+            return Err(Error::MirrorBroken { volume: volume.to_string(), reason });
+        }
+    }
+    Ok(())
+}
+
+/// Ends what still goes on when a domain is detached, and takes the detachment as a sign that xapi knows.
+///
+/// # Errors
+///
+/// As [`end`].
+pub fn before_detach(host: &Host, volume: VolumeKey, domain: &Domain, is_last: bool) -> Result<()> {
+    for record in MirrorRecord::of_volume(host, volume)? {
+        if record.domain != *domain && !is_last && !record.offline {
+            continue;
+        }
+        let mut record = end(host, &record, How::Cancel, &format!("domain {domain} was detached"))?;
+        if record.domain == *domain || is_last {
+            acknowledge(host, &mut record)?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes note that a guest may write to the source again: a mirror that was finished no longer shows it.
+///
+/// # Errors
+///
+/// When a mirror that goes on cannot be ended, or a record cannot be written.
+pub fn source_activated(host: &Host, volume: VolumeKey) -> Result<()> {
+    for record in MirrorRecord::of_volume(host, volume)? {
+        if record.live && !record.phase.is_terminal() && record.is_running(host) {
+            continue;
+        }
+        let mut record = end(host, &record, How::Cancel, "the source was activated for writing")?;
+        if record.phase == Phase::Finished {
+            record.phase = Phase::Failed;
+            record.reason = Some("the source was activated for writing after the mirror had ended".to_owned());
+            record.acknowledged = true;
+            record.store(host)?;
+        }
+    }
+    Ok(())
+}
+
+/// Forgets the mirrors of a volume that is gone.
+///
+/// # Errors
+///
+/// When one of them cannot be ended or its record not removed.
+pub fn forget_volume(host: &Host, volume: VolumeKey) -> Result<()> {
+    for record in MirrorRecord::of_volume(host, volume)? {
+        end(host, &record, How::Cancel, "the volume was destroyed")?.remove(host)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,26 @@
+//! Mirrors, as every call but their supervisor sees them: a record each, and a way to end them.
+//!
+//! ```text
+//!   Data.mirror ──makes──► <run>/mirrors/<key>/state.json ◄──writes── supervisor ──QMP──► storage daemon
+//!                                   ▲          ▲                          ▲
+//!   Data.stat ──────────────reads───┘          │                          │
+//!   Datapath.deactivate, Volume.snapshot ──────┴─────control.sock: end ───┘
+//! ```
+//!
+//! A mirror that was reported complete and broke later is the one thing that xapi cannot see: it asks once more and
+//! then only deactivates the source (xen-api `ocaml/xapi/storage_smapiv3_migrate.ml`). So Datapath.deactivate fails
+//! for it, until a call shows that xapi knows: see [`MirrorRecord::must_be_told`].
+
+mod control;
+mod ending;
+pub mod job;
+mod record;
+
+pub use control::{EndReply, EndRequest, How};
+pub use ending::{
+    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, forget_volume, is_running, source_activated,
+};
+pub use record::{CopyMode, MirrorRecord, Phase, Progress};
+
+/// The pseudo domain under which a mirror opens a volume that is not active.
+pub const OFFLINE_DOMAIN: &str = "mirror";

@@ -1,0 +1,335 @@
+//! What is known of a mirror.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::host::{Host, Process};
+use crate::id::{Domain, MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
+use crate::record::{self, Durability, Record};
+use crate::smapi::DataStatus;
+
+/// Where a mirror stands.
+///
+/// ```text
+/// Starting ─► Connecting ─► Copying ─► Ready ─► Draining ─► Finished
+///     └────────────┴───────────┴────────┴──────────┴──────► Failed, Cancelled
+/// ```
+///
+/// A mirror whose source nobody writes to goes from Copying to Draining by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Its supervisor is being started.
+    Starting,
+    /// Its supervisor connects to the peer and negotiates.
+    Connecting,
+    /// The destination does not have everything yet.
+    Copying,
+    /// The destination has everything but what the guest writes now.
+    Ready,
+    /// The last writes are being sent and flushed.
+    Draining,
+    /// The destination has every byte, flushed, and the connection is closed.
+    Finished,
+    /// The destination does not have every byte.
+    Failed,
+    /// It was ended before it was done.
+    Cancelled,
+}
+
+impl Phase {
+    /// Tells whether nothing comes after it.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Finished | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// How guest writes get to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyMode {
+    /// Later: the guest never waits for the peer.
+    Background,
+    /// Each before it is done, so that the guest is no faster than the link.
+    WriteBlocking,
+}
+
+/// What was copied and sent so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Bytes copied, of [`Self::length`]; both grow while a guest writes.
+    pub offset: u64,
+    /// Bytes to copy.
+    pub length: u64,
+    /// Bytes sent to the peer, the protocol's own included.
+    pub sent: u64,
+    /// Bytes received from the peer.
+    pub received: u64,
+}
+
+/// The record of a mirror, `<run>/mirrors/<key>/state.json`.
+///
+/// Its supervisor is its only writer while it lives; a call writes it before the supervisor starts and after it
+/// ended. The format may grow fields; format 1 is the first.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MirrorRecord {
+    /// The record's format.
+    pub format: u64,
+    /// The mirror's key, which Data.mirror gave.
+    pub key: MirrorKey,
+    /// The SR of the source volume.
+    pub sr: SrUuid,
+    /// The source volume.
+    pub volume: VolumeKey,
+    /// The domain that Data.mirror named: the guest's own for a live leaf.
+    pub domain: Domain,
+    /// The destination's NBD URI.
+    pub remote: String,
+    /// The node that is sent.
+    pub node: NodeId,
+    /// Whether a guest may write to the source, so that the mirror goes on when it is complete.
+    pub live: bool,
+    /// Whether the mirror itself opened the source, under [`super::OFFLINE_DOMAIN`].
+    pub offline: bool,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Why it failed or was cancelled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Whether it was ever complete, so that xapi may have been told so.
+    pub was_complete: bool,
+    /// Whether Datapath.deactivate failed because of it.
+    pub raised: bool,
+    /// Whether xapi is known to know how it ended.
+    pub acknowledged: bool,
+    /// How guest writes get to the destination now.
+    pub copy_mode: CopyMode,
+    /// What was copied and sent.
+    pub progress: Progress,
+    /// What the destination said of its export, for the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Its supervisor, once that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub supervisor: Option<Process>,
+    /// When it was started, in seconds since 1970.
+    pub started: u64,
+    /// When the record was written, in seconds since 1970.
+    pub updated: u64,
+}
+
+impl Record for MirrorRecord {
+    const FORMAT: u64 = 1;
+}
+
+impl MirrorRecord {
+    /// Gives the file of a mirror's record.
+    pub fn path(host: &Host, key: MirrorKey) -> PathBuf {
+        host.mirror_dir(key).join("state.json")
+    }
+
+    /// Reads the record of a mirror; `None` when there is none.
+    ///
+    /// # Errors
+    ///
+    /// When it is there and cannot be read.
+    pub fn load(host: &Host, key: MirrorKey) -> Result<Option<Self>> {
+        record::read_if_present(&Self::path(host, key))
+    }
+
+    /// Reads the records of the mirrors that have a volume as their source, newest last.
+    ///
+    /// # Errors
+    ///
+    /// When the directory of mirrors cannot be read. A single record that cannot be is passed over with a warning:
+    /// it must not keep a volume of another mirror from being deactivated.
+    pub fn of_volume(host: &Host, volume: VolumeKey) -> Result<Vec<Self>> {
+        let mut records = Self::all(host)?;
+        records.retain(|record| record.volume == volume);
+        Ok(records)
+    }
+
+    /// Reads the records of all mirrors, newest last.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::of_volume`].
+    pub fn all(host: &Host) -> Result<Vec<Self>> {
+        let directory = host.runtime_dir().join("mirrors");
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::on("reading directory", &directory)(error)),
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(Error::on("reading directory", &directory))?.file_name();
+            let Some(key) = name.to_str().and_then(|name| name.parse::<MirrorKey>().ok()) else { continue };
+            match Self::load(host, key) {
+                Ok(found) => records.extend(found),
+                Err(error) => tracing::warn!(mirror = %key, error = error.chain(), "a mirror's record is unreadable"),
+            }
+        }
+        records.sort_by_key(|record: &Self| (record.started, record.key));
+        Ok(records)
+    }
+
+    /// Writes the record, with the time of now.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written; the older one still stands.
+    pub fn store(&mut self, host: &Host) -> Result<()> {
+        self.updated = now();
+        record::write(&Self::path(host, self.key), self, Durability::UntilReboot)
+    }
+
+    /// Removes the record with everything of the mirror; one that is gone is no error.
+    ///
+    /// # Errors
+    ///
+    /// When its directory cannot be removed.
+    pub fn remove(&self, host: &Host) -> Result<()> {
+        let directory = host.mirror_dir(self.key);
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &directory)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives the source volume's URI.
+    pub fn uri(&self) -> VolumeUri {
+        VolumeUri { sr: self.sr, volume: self.volume }
+    }
+
+    /// Tells whether the mirror goes on: it has not ended, and its supervisor lives.
+    pub fn is_running(&self, host: &Host) -> bool {
+        !self.phase.is_terminal() && self.supervisor.is_some_and(|process| process.is_alive(host))
+    }
+
+    /// Gives what Data.stat answers. A mirror that is not ended and has no supervisor any more has failed.
+    pub fn status(&self, host: &Host) -> DataStatus {
+        match self.phase {
+            Phase::Finished => DataStatus::complete(),
+            Phase::Failed | Phase::Cancelled => DataStatus::failed(),
+            _ if !self.is_running(host) => DataStatus::failed(),
+            Phase::Ready => DataStatus::complete(),
+            Phase::Draining if self.live => DataStatus::complete(),
+            Phase::Starting | Phase::Connecting => DataStatus::running(0.0),
+            Phase::Copying | Phase::Draining => {
+                // Never 1: that it is done is said by `complete` alone.
+                let Progress { offset, length, .. } = self.progress;
+                DataStatus::running(if length == 0 { 0.0 } else { (offset as f64 / length as f64).min(0.999) })
+            }
+        }
+    }
+
+    /// Tells whether Datapath.deactivate must fail for this mirror: the destination lacks writes although xapi may
+    /// have been told that it is complete, and nothing shows that xapi has learnt of it since.
+    pub fn must_be_told(&self, host: &Host) -> bool {
+        let broken = match self.phase {
+            Phase::Finished => false,
+            Phase::Failed | Phase::Cancelled => true,
+            _ => !self.is_running(host),
+        };
+        self.live && self.was_complete && broken && !self.acknowledged
+    }
+}
+
+/// Gives the time in seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Makes a record of a mirror supervised by this very process.
+    pub fn sample(host: &Host, phase: Phase) -> MirrorRecord {
+        MirrorRecord {
+            format: MirrorRecord::FORMAT,
+            key: MirrorKey::random(),
+            sr: SrUuid::random(),
+            volume: VolumeKey::random(),
+            domain: "7".parse().unwrap(),
+            remote: "nbd+unix:///e?socket=/s".to_owned(),
+            node: NodeId::random(),
+            live: true,
+            offline: false,
+            phase,
+            reason: None,
+            was_complete: matches!(phase, Phase::Ready | Phase::Draining | Phase::Finished),
+            raised: false,
+            acknowledged: false,
+            copy_mode: CopyMode::Background,
+            progress: Progress { offset: 1, length: 2, sent: 0, received: 0 },
+            description: None,
+            supervisor: Some(Process::current(host).unwrap()),
+            started: 1,
+            updated: 1,
+        }
+    }
+
+    fn said(record: &MirrorRecord, host: &Host) -> String {
+        serde_json::to_string(&record.status(host)).unwrap()
+    }
+
+    #[test]
+    fn a_mirror_without_a_supervisor_has_failed_unless_it_is_finished() {
+        let host = Host::at("/");
+        for phase in [Phase::Starting, Phase::Connecting, Phase::Copying, Phase::Ready, Phase::Draining] {
+            let mut record = sample(&host, phase);
+            assert!(!said(&record, &host).contains(r#""failed":true"#), "{phase:?}");
+            record.supervisor = None;
+            assert_eq!(said(&record, &host), r#"{"failed":true,"complete":false}"#, "{phase:?}");
+        }
+        let mut record = sample(&host, Phase::Finished);
+        record.supervisor = None;
+        assert!(said(&record, &host).contains(r#""complete":true"#));
+    }
+
+    #[test]
+    fn a_mirror_of_a_source_nobody_writes_to_is_complete_only_when_it_is_flushed_and_closed() {
+        let host = Host::at("/");
+        let mut record = sample(&host, Phase::Draining);
+        record.live = false;
+        assert!(said(&record, &host).contains(r#""complete":false"#));
+        record.phase = Phase::Finished;
+        assert!(said(&record, &host).contains(r#""complete":true"#));
+    }
+
+    #[test]
+    fn only_a_mirror_that_broke_after_it_was_complete_must_be_told() {
+        let host = Host::at("/");
+        let mut record = sample(&host, Phase::Ready);
+        assert!(!record.must_be_told(&host));
+        record.supervisor = None;
+        assert!(record.must_be_told(&host));
+        record.acknowledged = true;
+        assert!(!record.must_be_told(&host));
+        assert!(!sample(&host, Phase::Failed).must_be_told(&host));
+        assert!(!sample(&host, Phase::Finished).must_be_told(&host));
+    }
+
+    #[test]
+    fn records_are_found_by_their_volume() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        assert!(MirrorRecord::all(&host).unwrap().is_empty());
+        let mut record = sample(&host, Phase::Ready);
+        host.make_runtime_dir(&host.mirror_dir(record.key)).unwrap();
+        record.store(&host).unwrap();
+        fs::create_dir(host.mirror_dir(MirrorKey::random())).unwrap();
+        assert_eq!(MirrorRecord::of_volume(&host, record.volume).unwrap(), [record.clone()]);
+        assert!(MirrorRecord::of_volume(&host, VolumeKey::random()).unwrap().is_empty());
+        record.remove(&host).unwrap();
+        record.remove(&host).unwrap();
+        assert!(MirrorRecord::all(&host).unwrap().is_empty());
+    }
+}
