@@ -1,0 +1,54 @@
+# What can be done here: `make help`.
+
+SHELL := /bin/sh
+export PATH := $(PATH):$(HOME)/.cargo/bin
+CARGO ?= cargo
+DESTDIR ?=
+PREFIX ?= /usr
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check suites dependencies-demo dependencies-test build install uninstall clean
+
+help: ## Say what can be made
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+# The dev profile: a demo that starts sooner matters more than one that runs faster.
+demo: dependencies-demo ## Migrate a running VM's disk with its snapshots, and check every byte
+	$(CARGO) build --workspace
+	target/debug/fake-xapi demo $(DEMO)
+
+test: dependencies-test check suites ## Run every check and every test
+	@echo "make test: all passed"
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+
+# The suites run the executables from the target directory, so these are built first.
+suites:
+	$(CARGO) build --workspace
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --workspace --no-fail-fast; \
+	else \
+		$(CARGO) test --workspace --no-fail-fast --lib --bins --tests; \
+	fi
+	$(CARGO) test --workspace --doc
+
+dependencies-demo:
+	packaging/dependencies.sh demo
+
+dependencies-test:
+	packaging/dependencies.sh test
+
+build: ## Build the plugins as they are installed
+	$(CARGO) build --release --package volume --package datapath
+
+install: build ## Install the plugins (DESTDIR, PREFIX)
+	DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" packaging/install.sh
+
+uninstall: ## Remove the plugins (DESTDIR, PREFIX)
+	DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" packaging/install.sh --uninstall
+
+clean: ## Remove what was built
+	$(CARGO) clean

@@ -1,0 +1,132 @@
+#!/bin/sh
+# Installs what the demo or the tests need and this machine lacks, by apt or dnf.
+#
+#   packaging/dependencies.sh [run|demo|test]
+#
+# What is there already, whatever its version, is left as it is. Nothing is asked. Where it cannot install, it says
+# what is missing and fails. `run` is what the plugins themselves need.
+set -eu
+export LC_ALL=C
+PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$HOME/.cargo/bin
+
+# The oldest QEMU whose storage daemon does all that the plugins ask of it.
+qemu_major=7
+qemu_minor=2
+
+say() { printf 'dependencies: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# Runs a command as root.
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif have sudo; then
+        # Without a terminal a password cannot be asked for.
+        if [ -t 0 ]; then sudo "$@"; else sudo -n "$@"; fi
+    else
+        die "this needs root and there is no sudo: run as root: $*"
+    fi
+}
+
+case ${1-test} in
+    run) programs='qemu-img qemu-storage-daemon' ;;
+    demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs nbdcopy nbdinfo strace flock' ;;
+    *) die "usage: $0 [run|demo|test]" ;;
+esac
+
+# Prints the programs that are missing.
+missing() {
+    for program in $programs; do
+        have "$program" || printf '%s ' "$program"
+    done
+}
+
+# Gives the Debian package that has a program.
+debian_package() {
+    case $1 in
+        cc) echo 'gcc libc6-dev' ;;
+        qemu-img | qemu-io) echo qemu-utils ;;
+        mkfs.ext4 | debugfs) echo e2fsprogs ;;
+        nbdcopy | nbdinfo) echo libnbd-bin ;;
+        strace) echo strace ;;
+        flock) echo util-linux ;;
+        qemu-storage-daemon)
+            # qemu-utils has it since QEMU 8.2 (Debian 13, the backport for Debian 12), qemu-system-common before.
+            version=$(apt-cache policy qemu-utils | sed -n 's/^ *Candidate: *//p')
+            installed=$(apt-cache policy qemu-utils | sed -n 's/^ *Installed: *//p')
+            case $installed in '' | '(none)') ;; *) version=$installed ;; esac
+            if dpkg --compare-versions "$version" ge 1:8.2; then echo qemu-utils; else echo qemu-system-common; fi
+            ;;
+    esac
+}
+
+apt_install() {
+    packages=''
+    for program in $1; do
+        packages="$packages $(debian_package "$program")"
+    done
+    # shellcheck disable=SC2086 # a list of words
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends --no-upgrade --no-remove \
+        -o Dpkg::Use-Pty=0 $packages
+}
+
+lacking=$(missing)
+if [ -n "$lacking" ]; then
+    say "missing: $lacking"
+    if have apt-get; then
+        # On a fresh machine there are no lists of packages yet, or old ones.
+        if ! apt-cache show qemu-utils >/dev/null 2>&1 || ! apt_install "$lacking" </dev/null; then
+            as_root apt-get update || say "apt-get update failed"
+            apt_install "$lacking" </dev/null || say "apt-get could not install all of it"
+        fi
+        # Where a release keeps the storage daemon in the other package.
+        if ! have qemu-storage-daemon; then
+            as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends --no-upgrade \
+                --no-remove qemu-system-common </dev/null || true
+        fi
+    elif have dnf; then
+        # dnf finds a package by a file that is in it.
+        files=''
+        for program in $lacking; do
+            case $program in
+                mkfs.ext4 | debugfs) files="$files /usr/sbin/$program" ;;
+                *) files="$files /usr/bin/$program" ;;
+            esac
+        done
+        # shellcheck disable=SC2086 # a list of words
+        as_root dnf install -y $files </dev/null || say "dnf could not install all of it"
+    else
+        say "there is neither apt-get nor dnf here"
+    fi
+    hash -r
+    lacking=$(missing)
+    [ -z "$lacking" ] || die "still missing: $lacking- install them by hand (QEMU $qemu_major.$qemu_minor or newer," \
+        "e2fsprogs, libnbd's tools) and run this again"
+fi
+
+for program in qemu-img qemu-storage-daemon; do
+    version=$("$program" --version | sed -n '1s/.*version \([0-9][0-9]*\)\.\([0-9][0-9]*\).*/\1 \2/p')
+    [ -n "$version" ] || die "$program does not tell its version: $("$program" --version | head -n 1)"
+    major=${version% *}
+    minor=${version#* }
+    if [ "$major" -lt "$qemu_major" ] || { [ "$major" -eq "$qemu_major" ] && [ "$minor" -lt "$qemu_minor" ]; }; then
+        die "$program is $major.$minor; it has to be $qemu_major.$qemu_minor or newer, and this release's package" \
+            "is older: install it from the distribution's backports"
+    fi
+done
+
+case ${1-test} in
+    run) exit 0 ;;
+esac
+have cargo || die "cargo is missing: install Rust (https://rustup.rs)"
+if [ "${1-test}" = test ]; then
+    for tool in clippy fmt; do
+        if ! cargo "$tool" --version >/dev/null 2>&1; then
+            case $tool in fmt) component=rustfmt ;; *) component=$tool ;; esac
+            have rustup || die "cargo $tool is missing: install the Rust component $component"
+            rustup component add "$component" || die "rustup could not add $component"
+        fi
+    done
+fi
