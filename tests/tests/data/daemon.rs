@@ -11,15 +11,22 @@ use tempfile::TempDir;
 pub struct Daemon {
     child: Child,
     directory: TempDir,
+    image: PathBuf,
 }
 
 impl Daemon {
-    /// Starts it over an empty qcow2 image.
+    /// Starts it over an empty qcow2 image of its own.
     pub fn new(size: u64) -> Self {
-        let directory = tempfile::Builder::new().prefix("fx-").tempdir().unwrap();
-        create(&directory.path().join("disk.qcow2"), size, None);
-        let child = start(directory.path());
-        Self { child, directory }
+        let directory = directory();
+        let image = directory.path().join("disk.qcow2");
+        create(&image, size, None);
+        Self { child: start(directory.path(), &image), directory, image }
+    }
+
+    /// Starts it over an image that is there.
+    pub fn over(image: &Path) -> Self {
+        let directory = directory();
+        Self { child: start(directory.path(), image), directory, image: image.to_owned() }
     }
 
     pub fn uri(&self) -> Uri {
@@ -31,7 +38,7 @@ impl Daemon {
     }
 
     pub fn image(&self) -> PathBuf {
-        self.directory.path().join("disk.qcow2")
+        self.image.clone()
     }
 
     /// Connects as soon as the daemon listens.
@@ -56,10 +63,17 @@ impl Daemon {
         self.child.wait().unwrap();
     }
 
+    /// Ends it in order: it closes its image.
+    pub fn quit(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+
     /// Starts it again over the image as it is.
     pub fn restart(&mut self) {
         let _ = std::fs::remove_file(self.directory.path().join("nbd.sock"));
-        self.child = start(self.directory.path());
+        self.child = start(self.directory.path(), &self.image);
     }
 }
 
@@ -70,8 +84,12 @@ impl Drop for Daemon {
     }
 }
 
-fn start(directory: &Path) -> Child {
-    let file = format!("driver=file,node-name=f,discard=unmap,filename={}", directory.join("disk.qcow2").display());
+fn directory() -> TempDir {
+    tempfile::Builder::new().prefix("fx-").tempdir().unwrap()
+}
+
+fn start(directory: &Path, image: &Path) -> Child {
+    let file = format!("driver=file,node-name=f,discard=unmap,filename={}", image.display());
     let socket = format!("addr.type=unix,addr.path={}", directory.join("nbd.sock").display());
     Command::new("qemu-storage-daemon")
         .args(["--blockdev", &file])

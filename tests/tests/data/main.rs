@@ -5,4 +5,8 @@
 mod daemon;
 mod disk;
 mod guest;
+mod machine;
 mod nbd;
+mod plan;
+#[path = "../strategy/mod.rs"]
+mod strategy;
