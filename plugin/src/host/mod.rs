@@ -1,5 +1,6 @@
 //! This host: who it is, where it keeps its runtime state, and how it is set up.
 
+mod launch;
 mod process;
 mod settings;
 
@@ -12,6 +13,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::id::{MirrorKey, SrUuid, VolumeKey};
+pub use launch::Launch;
 pub use process::Process;
 pub use settings::Settings;
 
