@@ -1,9 +1,12 @@
 //! Records: JSON files with a format number, replaced as a whole or not at all.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -15,6 +18,9 @@ pub trait Record: Serialize + DeserializeOwned {
     /// The newest format that this program reads, and the one it writes.
     const FORMAT: u64;
 }
+
+/// The prefix of a record's file until it is complete; one that is left over is garbage.
+pub const TEMPORARY: &str = ".new-";
 
 /// Whether a record must be there after a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,14 +76,31 @@ fn parse<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
 /// When it cannot be written. The older record then still stands, but for a failure of the last step with
 /// [`Durability::Durable`]: then either may be found after a power cut.
 pub fn write<R: Record>(path: &Path, record: &R, durability: Durability) -> Result<()> {
-    let directory =
-        path.parent().ok_or_else(|| Error::Internal(format!("record {} has no directory", path.display())))?;
-    let writing = |error: io::Error| Error::on("writing", path)(error);
+    replace(path, &encode(record)?, durability)
+}
+
+/// Encodes a record as it stands in its file.
+///
+/// # Errors
+///
+/// [`Error::Internal`] when it cannot be JSON.
+pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
     let mut bytes = serde_json::to_vec(record)
         .map_err(|error| Error::Internal(format!("a record cannot be encoded: {error}")))?;
     bytes.push(b'\n');
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory).map_err(writing)?;
-    file.write_all(&bytes).map_err(writing)?;
+    Ok(bytes)
+}
+
+/// Puts an encoded record in place, as [`write`] does.
+///
+/// # Errors
+///
+/// As [`write`].
+pub fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> {
+    let directory = directory_of(path)?;
+    let writing = |error: io::Error| Error::on("writing", path)(error);
+    let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(directory).map_err(writing)?;
+    file.write_all(bytes).map_err(writing)?;
     if durability == Durability::Durable {
         file.as_file().sync_all().map_err(writing)?;
     }
@@ -86,6 +109,50 @@ pub fn write<R: Record>(path: &Path, record: &R, durability: Durability) -> Resu
         sync_directory(directory)?;
     }
     Ok(())
+}
+
+/// Sets blocks aside in a file at `spare`, for [`replace_with`]; a file that has as many is left as it is.
+///
+/// # Errors
+///
+/// When the blocks are not there to be had.
+pub fn reserve(spare: &Path, bytes: u64) -> Result<()> {
+    let reserving = |error: io::Error| Error::on("reserving space in", spare)(error);
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(spare).map_err(reserving)?;
+    if file.metadata().map_err(reserving)?.len() >= bytes {
+        return Ok(());
+    }
+    match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+        // NFS before 4.2 has no such call.
+        Err(Errno::OPNOTSUPP) => io::copy(&mut io::repeat(0).take(bytes), &mut file).map(drop).map_err(reserving),
+        result => result.map_err(|error| reserving(error.into())),
+    }
+}
+
+/// Puts an encoded record in place, durably, in the blocks that [`reserve`] set aside; the spare file is gone then.
+/// For a full file system on which something is to be removed.
+///
+/// # Errors
+///
+/// When the spare file is not there or too small, or cannot be written. The older record still stands.
+pub fn replace_with(spare: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
+    let writing = |error: io::Error| Error::on("writing", path)(error);
+    let mut file = OpenOptions::new().write(true).open(spare).map_err(writing)?;
+    let length = bytes.len() as u64;
+    if file.metadata().map_err(writing)?.len() < length {
+        return Err(writing(Errno::NOSPC.into()));
+    }
+    file.write_all(bytes).map_err(writing)?;
+    file.set_len(length).map_err(writing)?;
+    file.sync_all().map_err(writing)?;
+    fs::rename(spare, path).map_err(writing)?;
+    sync_directory(directory_of(path)?)
+}
+
+/// Gives the directory that a record is in.
+fn directory_of(path: &Path) -> Result<&Path> {
+    path.parent().ok_or_else(|| Error::Internal(format!("record {} has no directory", path.display())))
 }
 
 /// Makes the names in a directory durable.
@@ -136,6 +203,21 @@ mod tests {
             let error = read::<Sample>(&path).unwrap_err();
             assert!(matches!(&error, Error::DamagedRecord { .. }) && error.to_string().contains("r.json"));
         }
+    }
+
+    #[test]
+    fn a_record_can_take_the_blocks_that_were_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, spare) = (dir.path().join("r.json"), dir.path().join("spare"));
+        let sample = Sample { format: 2, text: "x".repeat(5000) };
+        let bytes = encode(&sample).unwrap();
+        assert!(replace_with(&spare, &path, &bytes).is_err());
+        reserve(&spare, 4096).unwrap();
+        assert_eq!(replace_with(&spare, &path, &bytes).unwrap_err().code().0, "SR_BACKEND_FAILURE_44");
+        reserve(&spare, 8192).unwrap();
+        replace_with(&spare, &path, &bytes).unwrap();
+        assert_eq!(read::<Sample>(&path).unwrap(), sample);
+        assert!(!spare.exists());
     }
 
     #[test]

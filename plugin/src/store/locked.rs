@@ -1,16 +1,21 @@
 //! A tree that was read, and one whose lock is held.
 
+use std::fs;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use super::header::Header;
-use super::image::Image;
-use super::sr::checked;
-use super::tree::{Tree, Volume};
+use super::sr::{OLD, Sr};
+use super::tree::{Change, Tree, Volume};
+use super::{garbage, plan};
 use crate::error::{Error, Result};
 use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
+use crate::qemu::{Image, img};
 use crate::record::{self, Durability};
+
+/// How the name of a node's file ends.
+pub(super) const NODE_SUFFIX: &str = ".qcow2";
 
 /// A tree as it was when its record was read.
 #[derive(Clone, Debug)]
@@ -77,6 +82,7 @@ impl LoadedTree {
 /// A tree whose lock is held: its record stays what it is but for [`Self::commit`].
 #[derive(Debug)]
 pub struct LockedTree {
+    sr: Sr,
     loaded: LoadedTree,
     _lock: FileLock,
 }
@@ -91,28 +97,152 @@ impl Deref for LockedTree {
 
 impl LockedTree {
     /// Joins a tree with its lock; the record was read after the lock was taken.
-    pub(super) fn new(loaded: LoadedTree, lock: FileLock) -> Self {
-        Self { loaded, _lock: lock }
+    pub(super) fn new(sr: Sr, loaded: LoadedTree, lock: FileLock) -> Self {
+        Self { sr, loaded, _lock: lock }
+    }
+
+    /// Gives the SR that the tree is in.
+    pub fn sr(&self) -> &Sr {
+        &self.sr
     }
 
     /// Replaces the record: durable when this returns.
+    ///
+    /// A record that does not grow can be replaced on a full file system: blocks for it were set aside when it grew.
     ///
     /// # Errors
     ///
     /// When it cannot be written; the record is then as before, or where only the last sync failed, either.
     pub fn commit(&mut self, tree: Tree) -> Result<()> {
         tree.check().map_err(|reason| Error::Internal(format!("a change would leave a wrong tree: {reason}")))?;
-        record::write(&record_path(&self.loaded.directory), &tree, Durability::Durable)?;
+        let path = record_path(&self.loaded.directory);
+        let spare = spare_path(&self.loaded.directory);
+        let bytes = record::encode(&tree)?;
+        let before = fs::metadata(&path).map_err(Error::on("reading the state of", &path))?.len();
+        let grows = bytes.len() as u64 > before;
+        match record::reserve(&spare, spare_size(bytes.len())) {
+            Err(error) if grows => return Err(error),
+            _ => {}
+        }
+        match record::replace(&path, &bytes, Durability::Durable) {
+            Err(Error::NoSpace { .. }) if !grows => record::replace_with(&spare, &path, &bytes)?,
+            result => result?,
+        }
         self.loaded.tree = tree;
         Ok(())
+    }
+
+    /// Changes a volume's record and commits it, unless nothing changed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::commit`].
+    pub fn update(&mut self, key: VolumeKey, change: impl FnOnce(&mut Volume)) -> Result<()> {
+        let mut tree = self.tree.clone();
+        change(tree.volume_mut(key)?);
+        if tree == self.tree { Ok(()) } else { self.commit(tree) }
+    }
+
+    /// Makes the files of a change's nodes and the symlinks of its volumes, all durable, for a commit that names
+    /// them.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be made; none is left then.
+    pub fn prepare(&self, change: &Change) -> Result<()> {
+        let made = self.make_files(change);
+        if made.is_err() {
+            self.sweep(change.volumes.keys().copied());
+        }
+        made
+    }
+
+    fn make_files(&self, change: &Change) -> Result<()> {
+        for (id, node) in &change.nodes {
+            let path = node_path(&self.directory, *id);
+            match node.parent {
+                Some(parent) => img::create_overlay(&path, &file_name(parent), node.virtual_size)?,
+                None => img::create(&path, node.virtual_size)?,
+            }
+        }
+        change.volumes.keys().try_for_each(|key| self.sr.link(*key, self.id))
+    }
+
+    /// Carries out a change that no daemon has to take part in.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be done; nothing of it is left then.
+    pub fn apply(&mut self, change: &Change) -> Result<()> {
+        self.prepare(change)?;
+        let committed = self.commit(plan::applied(&self.tree, change));
+        if committed.is_err() {
+            self.sweep(change.volumes.keys().copied());
+        }
+        committed
+    }
+
+    /// Gives a volume a new empty overlay if others lie on its node, so that the volume can be written to.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be done; nothing of it is left then.
+    pub fn make_writable(&mut self, key: VolumeKey) -> Result<()> {
+        if !self.tree.is_frozen(self.volume(key)?.node) {
+            return Ok(());
+        }
+        let change = plan::overlay(&self.tree, key, NodeId::random(), None)?;
+        self.apply(&change)
+    }
+
+    /// Removes a volume, the nodes that nothing needs any more, and with the last volume the tree.
+    ///
+    /// # Errors
+    ///
+    /// When the volume cannot be removed. Once it is gone from the record, what cannot be removed is left for later.
+    pub fn destroy(mut self, key: VolumeKey) -> Result<()> {
+        match plan::destroyed(&self.tree, key)? {
+            Some(after) => {
+                self.commit(after)?;
+                self.sweep([key]);
+            }
+            None => {
+                let trees = self.sr.trees();
+                let old = trees.join(format!("{OLD}{}", self.id));
+                fs::rename(&self.directory, &old).map_err(Error::on("renaming", &self.directory))?;
+                record::sync_directory(&trees)?;
+                if let Err(error) = fs::remove_dir_all(&old) {
+                    tracing::warn!(%error, path = %old.display(), "the files of a removed tree are left for later");
+                }
+                garbage::unlink(&self.sr, key);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what the record on disk does not name: files of this tree, and the symlinks of the volumes given.
+    ///
+    /// The record is read again: after a commit that failed in its last step it may be the new one. What cannot be
+    /// removed is left for later.
+    pub fn sweep(&self, volumes: impl IntoIterator<Item = VolumeKey>) {
+        let swept = read(&self.directory).and_then(|tree| match tree {
+            Some(tree) => garbage::sweep_tree(&self.sr, &self.directory, &tree, volumes),
+            None => Ok(()),
+        });
+        if let Err(error) = swept {
+            tracing::warn!(error = error.chain(), tree = %self.id, "garbage is left for later");
+        }
     }
 }
 
 /// Reads the record in a tree's directory; `None` when the directory is gone.
 pub(super) fn read(directory: &Path) -> Result<Option<Tree>> {
     let path = record_path(directory);
-    match record::read_if_present(&path)? {
-        Some(tree) => checked(&path, tree).map(Some),
+    match record::read_if_present::<Tree>(&path)? {
+        Some(tree) => match tree.check() {
+            Ok(()) => Ok(Some(tree)),
+            Err(reason) => Err(Error::DamagedRecord { path, reason }),
+        },
         None if directory.exists() => {
             Err(Error::DamagedRecord { path, reason: "the file does not exist".to_owned() })
         }
@@ -120,14 +250,32 @@ pub(super) fn read(directory: &Path) -> Result<Option<Tree>> {
     }
 }
 
+/// Writes the record of a new tree.
+pub(super) fn write_first(directory: &Path, tree: &Tree) -> Result<()> {
+    tree.check().map_err(|reason| Error::Internal(format!("a new tree is wrong: {reason}")))?;
+    let bytes = record::encode(tree)?;
+    record::reserve(&spare_path(directory), spare_size(bytes.len()))?;
+    record::replace(&record_path(directory), &bytes, Durability::Durable)
+}
+
+/// Gives the size of the spare file for a record: room for it to grow by a few volumes before the next time.
+fn spare_size(record: usize) -> u64 {
+    (record as u64 + 1024).next_multiple_of(4096)
+}
+
 /// Gives the path of a tree's record.
-pub(super) fn record_path(directory: &Path) -> PathBuf {
+fn record_path(directory: &Path) -> PathBuf {
     directory.join("tree.json")
+}
+
+/// Gives the path of the blocks set aside for a record.
+fn spare_path(directory: &Path) -> PathBuf {
+    directory.join("spare")
 }
 
 /// Gives the name of a node's file.
 pub(super) fn file_name(node: NodeId) -> String {
-    format!("{node}.qcow2")
+    format!("{node}{NODE_SUFFIX}")
 }
 
 /// Gives the path of a node's file.

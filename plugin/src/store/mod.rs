@@ -20,8 +20,10 @@
 //! ([`plan`]), carried out by whoever holds the tree's lock ([`LockedTree`]). Locks are taken in the order SR,
 //! tree, attachment, and none is held across a job.
 
+mod garbage;
 mod header;
-mod image;
+mod intent;
+mod listing;
 mod locked;
 mod new;
 pub mod plan;
@@ -30,7 +32,6 @@ mod tree;
 mod uri;
 
 pub use header::Header;
-pub use image::Image;
 pub use locked::{LoadedTree, LockedTree};
 pub use new::NewTree;
 pub use sr::{Sr, SrRecord};

@@ -2,16 +2,17 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::image::Image;
-use super::locked::{LoadedTree, node_path, record_path};
+use super::garbage;
+use super::locked::{self, LoadedTree, node_path};
 use super::sr::{NEW, OLD, Sr, make_directory};
 use super::tree::Tree;
 use crate::error::{Error, Result};
-use crate::id::{NodeId, TreeId};
+use crate::id::{TreeId, VolumeKey};
 use crate::lock::FileLock;
-use crate::record::{self, Durability};
+use crate::qemu::img;
+use crate::record;
 
 /// A tree's directory `trees/.new-<tree>`, with its lock held; removed again unless it is committed.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ pub struct NewTree<'sr> {
     /// Where the directory is now, while it is there.
     directory: Option<PathBuf>,
     /// The symlinks that were made.
-    tree: Option<Tree>,
+    linked: Vec<VolumeKey>,
     _lock: FileLock,
 }
 
@@ -37,7 +38,9 @@ impl<'sr> NewTree<'sr> {
             let directory = sr.trees().join(format!("{NEW}{id}"));
             make_directory(&directory).map_err(|error| sr.or_gone(error))?;
             match FileLock::try_acquire(&directory.join("lock")) {
-                Ok(Some(lock)) => return Ok(Self { sr, id, directory: Some(directory), tree: None, _lock: lock }),
+                Ok(Some(lock)) => {
+                    return Ok(Self { sr, id, directory: Some(directory), linked: Vec::new(), _lock: lock });
+                }
                 // Whoever removes garbage came between the two steps: it takes the directory.
                 Ok(None) => {}
                 Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
@@ -49,25 +52,21 @@ impl<'sr> NewTree<'sr> {
         }
     }
 
-    /// Gives the file of a node that is to be made.
-    pub fn image(&self, node: NodeId, virtual_size: u64) -> Image {
-        let directory = self.directory.as_deref().unwrap_or(Path::new(""));
-        Image { node, path: node_path(directory, node), virtual_size }
-    }
-
-    /// Puts the tree in place, durably: from here on its volumes exist. Its nodes' files are on disk already.
+    /// Makes the file of the tree's one node and puts the tree in place, durably: from here on its volume exists.
     ///
     /// # Errors
     ///
     /// When a step fails; nothing is left of it then.
     pub fn commit(mut self, tree: Tree) -> Result<LoadedTree> {
-        tree.check().map_err(|reason| Error::Internal(format!("a new tree is wrong: {reason}")))?;
         let Some(made) = self.directory.clone() else {
             return Err(Error::Internal("a tree was committed twice".to_owned()));
         };
-        record::write(&record_path(&made), &tree, Durability::Durable)?;
+        for (id, node) in &tree.nodes {
+            img::create(&node_path(&made, *id), node.virtual_size)?;
+        }
+        locked::write_first(&made, &tree)?;
         for key in tree.volumes.keys() {
-            self.tree = Some(tree.clone());
+            self.linked.push(*key);
             self.sr.link(*key, self.id)?;
         }
         let directory = self.sr.tree_directory(self.id);
@@ -91,10 +90,8 @@ impl Drop for NewTree<'_> {
         if let Err(error) = removed {
             tracing::warn!(%error, tree = %self.id, "a tree that was not finished could not be removed");
         }
-        for key in self.tree.iter().flat_map(|tree| tree.volumes.keys()) {
-            if let Err(error) = self.sr.unlink(*key) {
-                tracing::warn!(error = error.chain(), volume = %key, "a symlink could not be removed");
-            }
+        for key in self.linked.drain(..) {
+            garbage::unlink(self.sr, key);
         }
     }
 }

@@ -5,17 +5,17 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::StatVfsMountFlags;
 use serde::{Deserialize, Serialize};
 
 use super::locked::{self, LoadedTree, LockedTree};
-use super::tree::Tree;
 use super::uri::{sr_path, sr_uri};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{SrUuid, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::record::{self, Durability, Record};
-use crate::smapi::Configuration;
+use crate::smapi::{Configuration, Health, SrStat};
 
 /// The prefix of a tree's directory while it is made; the rename that takes it away is the commit.
 pub(super) const NEW: &str = ".new-";
@@ -171,6 +171,83 @@ impl Sr {
         }
     }
 
+    /// Lists the SRs that are attached on this host.
+    ///
+    /// # Errors
+    ///
+    /// When the runtime directory cannot be read.
+    pub fn all_attached(host: &Host) -> Result<Vec<SrUuid>> {
+        let directory = host.runtime_dir().join("srs");
+        let entries = match fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::on("listing", &directory)(error)),
+        };
+        let mut uuids = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(Error::on("listing", &directory))?.file_name();
+            let uuid = name.to_str().and_then(|name| name.strip_suffix(".json"));
+            uuids.extend(uuid.and_then(|text| text.parse::<SrUuid>().ok()));
+        }
+        uuids.sort();
+        Ok(uuids)
+    }
+
+    /// Describes the SR and the space on its file system.
+    ///
+    /// # Errors
+    ///
+    /// When the file system does not answer.
+    pub fn describe(&self) -> Result<SrStat> {
+        let space = rustix::fs::statvfs(&self.path).map_err(Error::on("reading the file system of", &self.path))?;
+        let uuid = self.record.uuid.to_string();
+        // xapi scans only a healthy SR, and one that cannot be written to can still be listed.
+        let remark =
+            if space.f_flag.contains(StatVfsMountFlags::RDONLY) { "the file system is read-only" } else { "" };
+        Ok(SrStat {
+            sr: uuid.clone(),
+            name: self.record.name.clone(),
+            uuid,
+            description: self.record.description.clone(),
+            free_space: space.f_bavail.saturating_mul(space.f_frsize),
+            total_space: space.f_blocks.saturating_mul(space.f_frsize),
+            datasources: Vec::new(),
+            clustered: false,
+            health: Health::Healthy(remark.to_owned()),
+        })
+    }
+
+    /// Removes the SR from its directory, which stays. Called again it removes what was left.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrNotEmpty`] when there are volumes, or one is being made; the SR is then as it was.
+    pub fn destroy(&self, host: &Host) -> Result<()> {
+        let lock = self.lock_sr(host)?;
+        let trees = self.trees();
+        if trees.exists() {
+            self.sweep(&lock)?;
+            // From here on no volume can be made.
+            match fs::remove_dir(&trees) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                    return Err(Error::SrNotEmpty(self.record.uuid.to_string()));
+                }
+                result => result.map_err(Error::on("removing", &trees))?,
+            }
+        }
+        let volumes = self.path.join("volumes");
+        match fs::remove_dir_all(&volumes) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::on("removing", &volumes)(error));
+            }
+            _ => {}
+        }
+        for path in [&self.path.join("sr.json"), lock.path()] {
+            fs::remove_file(path).map_err(Error::on("removing", path))?;
+        }
+        record::sync_directory(&self.path)
+    }
+
     /// Changes the SR's name and description under its lock.
     ///
     /// # Errors
@@ -235,7 +312,7 @@ impl Sr {
             }
             let loaded = self.read_tree(id)?.ok_or_else(missing)?;
             loaded.tree.volume(key)?;
-            return Ok(LockedTree::new(loaded, lock));
+            return Ok(LockedTree::new(self.clone(), loaded, lock));
         }
     }
 
@@ -353,13 +430,5 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         result => result.map_err(Error::on("making directory", path)),
-    }
-}
-
-/// Tells whether the tree's record is sound, for [`locked::read`].
-pub(super) fn checked(path: &Path, tree: Tree) -> Result<Tree> {
-    match tree.check() {
-        Ok(()) => Ok(tree),
-        Err(reason) => Err(Error::DamagedRecord { path: path.to_owned(), reason }),
     }
 }

@@ -1,0 +1,101 @@
+//! Volumes as xapi sees them, read without locks while others change them.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use super::locked::{LoadedTree, node_path};
+use super::sr::Sr;
+use crate::error::{Error, Result};
+use crate::id::{TreeId, VolumeKey, VolumeUri};
+use crate::smapi::{VolumeRecord, VolumeType};
+
+/// How often a tree is read again when a file that its record names is gone: its volumes are being destroyed.
+const ATTEMPTS: u32 = 100;
+
+impl Sr {
+    /// Lists all volumes.
+    ///
+    /// A tree that appears or disappears meanwhile is listed or not; each tree is as it was at one moment.
+    ///
+    /// # Errors
+    ///
+    /// When any tree cannot be read: a list that lacks a volume would have xapi forget it.
+    pub fn volumes(&self) -> Result<Vec<VolumeRecord>> {
+        let mut records = Vec::new();
+        for id in self.tree_ids()? {
+            records.extend(self.tree_volumes(id)?);
+        }
+        Ok(records)
+    }
+
+    /// Describes one volume.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeDoesNotExist`], or its tree cannot be read.
+    pub fn stat(&self, key: VolumeKey) -> Result<VolumeRecord> {
+        settled(|| describe(self, &self.load(key)?, key))
+    }
+
+    /// Lists the volumes of one tree; none when it is gone.
+    fn tree_volumes(&self, id: TreeId) -> Result<Vec<VolumeRecord>> {
+        settled(|| {
+            let mut records = Vec::new();
+            let Some(loaded) = self.read_tree(id)? else {
+                return Ok(Some(records));
+            };
+            for key in loaded.tree.volumes.keys() {
+                match describe(self, &loaded, *key)? {
+                    Some(record) => records.push(record),
+                    None => return Ok(None),
+                }
+            }
+            Ok(Some(records))
+        })
+    }
+}
+
+/// Repeats what gives `None` while a file of the record it went by is missing.
+fn settled<T>(mut read: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    for _ in 0..ATTEMPTS {
+        if let Some(value) = read()? {
+            return Ok(value);
+        }
+    }
+    Err(Error::Internal("a tree changed too often to be read".to_owned()))
+}
+
+/// Describes a volume, or gives `None` when its tree has changed since it was read.
+fn describe(sr: &Sr, loaded: &LoadedTree, key: VolumeKey) -> Result<Option<VolumeRecord>> {
+    let volume = loaded.volume(key)?;
+    let path = node_path(&loaded.directory, volume.node);
+    let metadata = match fs::symlink_metadata(&path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let still_named = sr.read_tree(loaded.id)?.is_some_and(|now| now.tree == loaded.tree);
+            // Read after the record: a file goes after the commit that drops it.
+            return if still_named && !path.exists() {
+                Err(Error::Image { path, reason: "the file does not exist".to_owned() })
+            } else {
+                Ok(None)
+            };
+        }
+        Err(error) => return Err(Error::on("reading the state of", &path)(error)),
+    };
+    Ok(Some(VolumeRecord {
+        key,
+        uuid: key,
+        name: volume.name.clone(),
+        description: volume.description.clone(),
+        read_write: volume.read_write,
+        sharable: volume.sharable,
+        virtual_size: loaded.tree.node(volume.node)?.virtual_size,
+        // A file's blocks are counted in 512 bytes, whatever the file system's are.
+        physical_utilisation: metadata.blocks() * 512,
+        uri: vec![VolumeUri { sr: sr.record.uuid, volume: key }.to_string()],
+        keys: volume.keys.clone(),
+        volume_type: VolumeType::Data,
+        cbt_enabled: volume.cbt_enabled,
+    }))
+}
