@@ -1,0 +1,105 @@
+//! Plugin.diagnostics: the state of this host's SRs and volumes, for people.
+
+use std::fmt::Write;
+
+use plugin::error::Result;
+use plugin::host::Host;
+use plugin::id::Shortened;
+use plugin::mirror::MirrorRecord;
+use plugin::store::{LoadedTree, Sr};
+use serde::Deserialize;
+
+/// Nothing is asked.
+#[derive(Debug, Deserialize)]
+pub struct Parameters {}
+
+/// Describes what there is, and what is wrong with it: this call does not fail for what it finds.
+///
+/// # Errors
+///
+/// None.
+pub fn execute(host: &Host, _: Parameters) -> Result<String> {
+    let mut text = format!("xapi-storage-qcow2 {}\n", env!("CARGO_PKG_VERSION"));
+    line(&mut text, 0, "host", host.uuid());
+    line(&mut text, 0, "boot", host.boot_id());
+    match Sr::all_attached(host) {
+        Ok(srs) => {
+            for uuid in srs {
+                line(&mut text, 0, "sr", Ok::<_, plugin::Error>(uuid));
+                match Sr::attached(host, uuid) {
+                    Ok(sr) => describe_sr(&mut text, &sr),
+                    Err(error) => line::<&str>(&mut text, 2, "error", Err(error)),
+                }
+            }
+        }
+        Err(error) => line::<&str>(&mut text, 0, "error", Err(error)),
+    }
+    match MirrorRecord::all(host) {
+        Ok(mirrors) => {
+            for mirror in mirrors {
+                let state = format!("{} of {}: {:?}", mirror.key, mirror.volume, mirror.phase);
+                line(&mut text, 0, "mirror", Ok::<_, plugin::Error>(state));
+            }
+        }
+        Err(error) => line::<&str>(&mut text, 0, "error", Err(error)),
+    }
+    Ok(text)
+}
+
+/// Writes one line: a value, or why there is none.
+fn line<T: ToString>(text: &mut String, indent: usize, what: &str, value: Result<T>) {
+    let value = value.map_or_else(|error| format!("({})", error.chain()), |value| value.to_string());
+    // Writing to a string does not fail.
+    let _ = writeln!(text, "{:indent$}{what}: {value}", "");
+}
+
+/// Describes an SR and its trees.
+fn describe_sr(text: &mut String, sr: &Sr) {
+    line(text, 2, "path", Ok::<_, plugin::Error>(sr.path.display()));
+    let space = sr.describe().map(|stat| format!("{} of {} bytes free", stat.free_space, stat.total_space));
+    line(text, 2, "space", space);
+    match sr.tree_ids() {
+        Ok(ids) => {
+            for id in ids {
+                match sr.read_tree(id) {
+                    Ok(Some(loaded)) => describe_tree(text, &loaded),
+                    Ok(None) => {}
+                    Err(error) => line::<&str>(text, 2, "error", Err(error)),
+                }
+            }
+        }
+        Err(error) => line::<&str>(text, 2, "error", Err(error)),
+    }
+}
+
+/// Describes a tree's nodes, each with its volume, parents before children.
+fn describe_tree(text: &mut String, loaded: &LoadedTree) {
+    let tree = &loaded.tree;
+    line(text, 2, "tree", Ok::<_, plugin::Error>(loaded.id));
+    let mut nodes: Vec<_> = tree.nodes.keys().map(|id| tree.chain(*id)).collect();
+    for chain in &mut nodes {
+        chain.reverse();
+    }
+    // A node's path from the root sorts right after its parent's.
+    nodes.sort();
+    for path in nodes {
+        let Some(id) = path.last() else {
+            continue;
+        };
+        let volume = tree.volumes.iter().find(|(_, volume)| volume.node == *id);
+        let mut state = match volume {
+            Some((key, volume)) => format!("{id} volume {key} {:?}", Shortened(&volume.name)),
+            None => format!("{id} hidden"),
+        };
+        for active in volume.iter().flat_map(|(_, volume)| &volume.active) {
+            let _ = write!(state, " active on {} {:?}", active.host, active.mode);
+        }
+        if let Err(error) = loaded.checked_image(*id) {
+            let _ = write!(state, " ({})", error.chain());
+        }
+        line(text, 2 + 2 * path.len(), "node", Ok::<_, plugin::Error>(state));
+    }
+    if let Some(intent) = &tree.intent {
+        line(text, 4, "unfinished", Ok::<_, plugin::Error>(format!("{intent:?}")));
+    }
+}

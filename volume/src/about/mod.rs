@@ -1,0 +1,5 @@
+//! Plugin.*: what this plugin says of itself.
+
+pub mod diagnostics;
+pub mod ls;
+pub mod query;

@@ -1,0 +1,37 @@
+//! SR.attach: makes an SR known on this host.
+
+use plugin::error::{Error, Result};
+use plugin::host::Host;
+use plugin::id::SrUuid;
+use plugin::smapi::Configuration;
+use plugin::store::{Sr, sr_path};
+use serde::Deserialize;
+
+/// Where the SR is.
+#[derive(Debug, Deserialize)]
+pub struct Parameters {
+    configuration: Configuration,
+}
+
+/// Attaches the SR and removes what calls that were killed left in it. Gives the SR's uuid, by which later calls
+/// name it. Called again it gives the same.
+///
+/// # Errors
+///
+/// When there is no SR, or another than the device-config's `sr_uuid` says.
+pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
+    let sr = Sr::open(&sr_path(&parameters.configuration)?)?;
+    let uuid = sr.record.uuid;
+    if let Some(expected) = parameters.configuration.get("sr_uuid")
+        && *expected != uuid.to_string()
+    {
+        return Err(Error::InvalidDeviceConfig { key: "sr_uuid", reason: format!("the SR there is {uuid}") });
+    }
+    sr.attach(host)?;
+    // What is left over does no harm, so that an SR that cannot be written to can still be read.
+    let swept = sr.lock_sr(host).and_then(|lock| sr.sweep(&lock));
+    if let Err(error) = swept {
+        tracing::warn!(error = error.chain(), "garbage is left for later");
+    }
+    Ok(uuid)
+}

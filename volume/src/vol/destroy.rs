@@ -1,0 +1,36 @@
+//! Volume.destroy: removes a volume and the nodes that only it needs.
+
+use plugin::error::{Error, Result};
+use plugin::host::Host;
+use serde::Deserialize;
+
+use crate::request::{SrName, VolumeName};
+use crate::usage;
+
+/// The volume.
+#[derive(Debug, Deserialize)]
+pub struct Parameters {
+    sr: SrName,
+    key: VolumeName,
+}
+
+/// Removes the volume. One that does not exist is success: xapi destroys some volumes twice. Works on a full file
+/// system.
+///
+/// # Errors
+///
+/// [`plugin::Error::VolumeInUse`] or [`plugin::Error::ActivatedOnAnotherHost`] while a guest has it.
+pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
+    let sr = parameters.sr.open(host)?;
+    let Ok(key) = parameters.key.key() else {
+        return Ok(());
+    };
+    match sr.lock(host, key) {
+        Ok(tree) => {
+            usage::release(host, &tree, key)?;
+            tree.destroy(key)
+        }
+        Err(Error::VolumeDoesNotExist(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

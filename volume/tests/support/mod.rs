@@ -1,0 +1,285 @@
+//! A host and an SR of its own for each test, and the executable run as xapi-storage-script runs it.
+
+#![allow(dead_code, reason = "every test file uses its own part of this")]
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+/// A size in bytes.
+pub const MIB: u64 = 1 << 20;
+
+/// A failed call.
+#[derive(Debug)]
+pub struct Failure {
+    pub code: String,
+    pub params: Vec<String>,
+}
+
+impl Failure {
+    /// Gives all that the caller is told.
+    pub fn text(&self) -> String {
+        self.params.join(" ")
+    }
+}
+
+/// A host below a directory of its own.
+pub struct Host {
+    pub root: PathBuf,
+}
+
+impl Host {
+    /// Starts a call and leaves it running.
+    pub fn start(&self, method: &str, request: &Value) -> Child {
+        self.start_bytes(method, request.to_string().as_bytes())
+    }
+
+    /// Starts a call with any bytes as its request.
+    pub fn start_bytes(&self, method: &str, request: &[u8]) -> Child {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_xapi-storage-qcow2-volume"))
+            .args([method, "--json"])
+            .env("XAPI_STORAGE_QCOW2_ROOT", &self.root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Who was killed at once does not read it.
+        let _ = child.stdin.take().unwrap().write_all(request);
+        child
+    }
+
+    /// Waits for a call's end and reads its answer as strictly as xapi-storage-script.
+    pub fn finish(&self, child: Child) -> Result<Value, Failure> {
+        let output = child.wait_with_output().unwrap();
+        let shown =
+            || format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.code().is_some(), "killed: {}", shown());
+        let value: Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", shown()));
+        if output.status.success() {
+            return Ok(value);
+        }
+        let strings = |value: &Value| -> Vec<String> {
+            value.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
+        };
+        assert!(value["backtrace"]["error"].is_string());
+        strings(&value["backtrace"]["files"]);
+        assert!(value["backtrace"]["lines"].as_array().unwrap().iter().all(Value::is_i64));
+        Err(Failure { code: value["code"].as_str().unwrap().to_owned(), params: strings(&value["params"]) })
+    }
+
+    /// Makes a call.
+    pub fn try_call(&self, method: &str, request: Value) -> Result<Value, Failure> {
+        self.finish(self.start(method, &request))
+    }
+
+    /// Makes a call that is to succeed.
+    pub fn call(&self, method: &str, request: Value) -> Value {
+        self.try_call(method, request.clone()).unwrap_or_else(|failure| panic!("{method} {request}: {failure:?}"))
+    }
+
+    /// Makes a call that is to fail, and gives its code.
+    pub fn code(&self, method: &str, request: Value) -> String {
+        match self.try_call(method, request.clone()) {
+            Err(failure) => failure.code,
+            Ok(answer) => panic!("{method} {request} succeeded: {answer}"),
+        }
+    }
+}
+
+/// A host with one attached SR.
+pub struct Bench {
+    pub host: Host,
+    pub sr: String,
+    pub path: PathBuf,
+    directory: TempDir,
+}
+
+impl Bench {
+    /// Makes a host and an SR.
+    pub fn new() -> Self {
+        let bench = Self::without_sr();
+        bench.create_sr();
+        bench
+    }
+
+    /// Makes a host and an empty directory for an SR.
+    pub fn without_sr() -> Self {
+        let directory = tempfile::Builder::new().prefix("vt-").tempdir_in("/tmp").unwrap();
+        let path = directory.path().join("sr");
+        fs::create_dir(&path).unwrap();
+        let host = Host { root: directory.path().join("h") };
+        fs::create_dir_all(host.root.join("etc")).unwrap();
+        fs::write(host.root.join("etc/xensource-inventory"), format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4()))
+            .unwrap();
+        Self { host, sr: Uuid::new_v4().to_string(), path, directory }
+    }
+
+    /// Makes and attaches the SR.
+    pub fn create_sr(&self) {
+        let request = json!({"uuid": self.sr, "configuration": self.configuration(), "name": "n", "description": "d", "dbg": "t"});
+        let configuration = self.host.call("SR.create", request);
+        assert_eq!(self.host.call("SR.attach", json!({"configuration": configuration})), json!(self.sr));
+    }
+
+    /// Gives the SR's device-config.
+    pub fn configuration(&self) -> Value {
+        json!({"uri": format!("file://{}", self.path.display())})
+    }
+
+    /// Gives another host that shares the SR's directory and has attached it.
+    pub fn other_host(&self) -> Host {
+        let host = Host { root: self.directory.path().join("h2") };
+        fs::create_dir_all(host.root.join("etc")).unwrap();
+        let inventory = format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4());
+        fs::write(host.root.join("etc/xensource-inventory"), inventory).unwrap();
+        host.call("SR.attach", json!({"configuration": self.configuration()}));
+        host
+    }
+
+    /// Makes a request about the SR.
+    pub fn request(&self, more: Value) -> Value {
+        let mut request = json!({"dbg": "t", "sr": self.sr});
+        request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        request
+    }
+
+    /// Makes a call about the SR.
+    pub fn call(&self, method: &str, more: Value) -> Value {
+        self.host.call(method, self.request(more))
+    }
+
+    /// Makes a call about the SR that may fail.
+    pub fn try_call(&self, method: &str, more: Value) -> Result<Value, Failure> {
+        self.host.try_call(method, self.request(more))
+    }
+
+    /// Makes a call about the SR that is to fail.
+    pub fn code(&self, method: &str, more: Value) -> String {
+        self.host.code(method, self.request(more))
+    }
+
+    /// Makes a volume and gives its key.
+    pub fn create(&self, size: u64) -> String {
+        key(&self.call("Volume.create", json!({"name": "v", "description": "", "size": size, "sharable": false})))
+    }
+
+    /// Snapshots a volume and gives the snapshot's key.
+    pub fn snapshot(&self, volume: &str) -> String {
+        key(&self.call("Volume.snapshot", json!({"key": volume})))
+    }
+
+    /// Clones a volume and gives the clone's key.
+    pub fn clone_of(&self, volume: &str) -> String {
+        key(&self.call("Volume.clone", json!({"key": volume})))
+    }
+
+    /// Destroys a volume.
+    pub fn destroy(&self, volume: &str) {
+        assert_eq!(self.call("Volume.destroy", json!({"key": volume})), Value::Null);
+    }
+
+    /// Lists the volumes' keys, sorted.
+    pub fn keys(&self) -> Vec<String> {
+        let mut keys: Vec<String> = self.call("SR.ls", json!({})).as_array().unwrap().iter().map(key).collect();
+        keys.sort();
+        keys
+    }
+
+    /// Gives the directory of a volume's tree.
+    pub fn tree_directory(&self, volume: &str) -> PathBuf {
+        fs::canonicalize(self.path.join("volumes").join(volume)).unwrap()
+    }
+
+    /// Reads the record of a volume's tree.
+    pub fn tree(&self, volume: &str) -> Value {
+        serde_json::from_slice(&fs::read(self.tree_directory(volume).join("tree.json")).unwrap()).unwrap()
+    }
+
+    /// Gives the node files of all trees.
+    pub fn node_files(&self) -> Vec<PathBuf> {
+        let mut files: Vec<PathBuf> = fs::read_dir(self.path.join("trees"))
+            .unwrap()
+            .flat_map(|tree| fs::read_dir(tree.unwrap().path()).unwrap())
+            .map(|file| file.unwrap().path())
+            .filter(|file| file.extension().is_some_and(|extension| extension == "qcow2"))
+            .collect();
+        files.sort();
+        files
+    }
+
+    /// Gives a volume's own node file.
+    pub fn node_file(&self, volume: &str) -> PathBuf {
+        let node = self.tree(volume)["volumes"][volume]["node"].as_str().unwrap().to_owned();
+        self.tree_directory(volume).join(format!("{node}.qcow2"))
+    }
+
+    /// Checks that what is listed is what is on disk: every listed volume has its chain of files, no file is left
+    /// that no record names, and every symlink leads to a volume. Called when no call is under way.
+    pub fn check(&self) {
+        let configuration = json!({"configuration": self.configuration()});
+        self.host.call("SR.attach", configuration);
+        let listed = self.keys();
+        for key in &listed {
+            assert_eq!(self.call("Volume.stat", json!({"key": key}))["key"], json!(key));
+            let file = self.node_file(key);
+            let output = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&file).output().unwrap();
+            assert!(output.status.success(), "{}: {output:?}", file.display());
+            let info = Command::new("qemu-img").args(["info", "--backing-chain"]).arg(&file).output().unwrap();
+            assert!(info.status.success(), "{info:?}");
+        }
+        let mut named = Vec::new();
+        for entry in fs::read_dir(self.path.join("trees")).unwrap() {
+            let directory = entry.unwrap().path();
+            let tree: Value = serde_json::from_slice(&fs::read(directory.join("tree.json")).unwrap()).unwrap();
+            assert_eq!(tree.get("intent"), None, "{tree}");
+            for node in tree["nodes"].as_object().unwrap().keys() {
+                named.push(directory.join(format!("{node}.qcow2")));
+            }
+            let expected = ["lock", "spare", "tree.json"];
+            let others: Vec<String> =
+                names(&directory).into_iter().filter(|name| !name.ends_with(".qcow2")).collect();
+            assert!(others.iter().all(|name| expected.contains(&name.as_str())), "{others:?}");
+        }
+        named.sort();
+        assert_eq!(named, self.node_files());
+        assert_eq!(names(&self.path.join("volumes")), listed);
+        let expected = ["lock", "sr.json", "trees", "volumes"];
+        assert!(names(&self.path).iter().all(|name| expected.contains(&name.as_str())), "{:?}", names(&self.path));
+    }
+}
+
+/// Gives a volume record's key.
+pub fn key(record: &Value) -> String {
+    record["key"].as_str().unwrap().to_owned()
+}
+
+/// Lists a directory, sorted.
+pub fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Writes a pattern into an image that nobody has open.
+pub fn write(image: &Path, pattern: u8, offset: u64, length: u64) {
+    qemu_io(image, &format!("write -P {pattern} {offset} {length}"));
+}
+
+/// Checks that an image's chain reads as a pattern.
+pub fn assert_reads(image: &Path, pattern: u8, offset: u64, length: u64) {
+    qemu_io(image, &format!("read -P {pattern} {offset} {length}"));
+}
+
+fn qemu_io(image: &Path, command: &str) {
+    let output = Command::new("qemu-io").args(["-f", "qcow2", "-c", command]).arg(image).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && !text.contains("verification failed"), "{command}: {text} {output:?}");
+}
