@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -58,7 +58,7 @@ impl Process {
     /// Waits for the end of the process, up to `patience`, and tells whether it came.
     pub fn wait(&self, host: &Host, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
-        let Some(descriptor) = self.open(host) else { return true };
+        let Some(descriptor) = self.open(host) else { return self.wait_by_looking(host, deadline) };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
@@ -71,15 +71,34 @@ impl Process {
         }
     }
 
+    /// Waits as [`Self::wait`] does, where the kernel (before 5.3) has no descriptors of processes.
+    fn wait_by_looking(&self, host: &Host, deadline: Instant) -> bool {
+        while self.is_alive(host) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+
+    /// Sends a signal to the process; one that has ended is no error.
+    pub fn signal(&self, host: &Host, signal: Signal) {
+        // An error means that it ended meanwhile.
+        match self.open(host) {
+            Some(descriptor) => drop(pidfd_send_signal(&descriptor, signal)),
+            None if self.is_alive(host) => drop(Pid::from_raw(self.pid).map(|pid| kill_process(pid, signal))),
+            None => {}
+        }
+    }
+
     /// Kills the process and waits for its end, up to `patience`; one that has ended is no error.
     ///
     /// # Errors
     ///
     /// [`Error::Timeout`] when it does not end, which a process does that hangs in the kernel.
     pub fn kill(&self, host: &Host, patience: Duration) -> Result<()> {
-        let Some(descriptor) = self.open(host) else { return Ok(()) };
-        // An error means that it ended meanwhile, which the wait finds.
-        let _ = pidfd_send_signal(&descriptor, Signal::KILL);
+        self.signal(host, Signal::KILL);
         if self.wait(host, patience) {
             return Ok(());
         }

@@ -14,6 +14,8 @@
 //! QEMU never learns a chain from the images themselves: every layer is given to it, with its format and its
 //! backing, so that nothing a guest writes to its disk can make another file be opened.
 
+pub mod daemon;
+pub mod graph;
 pub mod img;
 mod program;
 pub mod qmp;

@@ -152,6 +152,11 @@ impl Client {
         }
     }
 
+    /// Gives the time that each command may take.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Gives the events that come from now on.
     pub fn events(&self) -> Events {
         let receiver = match &*self.shared.lock() {

@@ -1,0 +1,212 @@
+//! The storage daemon of one volume: started, found again, stopped.
+//!
+//! Everything of it is in the volume's runtime directory:
+//!
+//! ```text
+//! qmp.sock        the monitor for calls; who uses it holds the volume's lock
+//! mirror.sock     a second monitor, because one serves a single client at a time: a mirror's supervisor keeps it
+//! nbd.sock        the NBD server
+//! daemon.pid      QEMU's pid file, which it keeps locked: a second daemon beside it does not start
+//! daemon.log      what the daemon printed
+//! ```
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::json;
+use tokio::time::{Instant, sleep};
+
+use super::program;
+use super::qmp::Client;
+use crate::error::{Error, Result};
+use crate::host::{Host, Launch, Process, Settings};
+
+/// How long a daemon may take to end after it was asked to, before it is asked less kindly.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The files of a daemon, without its log.
+const FILES: [&str; 4] = ["qmp.sock", "mirror.sock", "nbd.sock", "daemon.pid"];
+
+/// How much of the log is quoted when a daemon does not start, in bytes.
+const QUOTED: usize = 1000;
+
+/// Where a daemon's sockets are.
+#[derive(Clone, Debug)]
+pub struct Sockets {
+    directory: PathBuf,
+}
+
+impl Sockets {
+    /// Takes the runtime directory of a volume.
+    pub fn of(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    /// The monitor for calls, which hold the volume's lock.
+    pub fn qmp(&self) -> PathBuf {
+        self.directory.join("qmp.sock")
+    }
+
+    /// The monitor for a mirror's supervisor.
+    pub fn mirror(&self) -> PathBuf {
+        self.directory.join("mirror.sock")
+    }
+
+    /// The NBD server.
+    pub fn nbd(&self) -> PathBuf {
+        self.directory.join("nbd.sock")
+    }
+}
+
+/// Starts a daemon with an NBD server and nothing open, and waits until it answers.
+///
+/// What a daemon that has ended left in the directory is replaced; one that still runs there, though no record tells
+/// of it, is killed first. The caller holds the volume's lock.
+///
+/// # Errors
+///
+/// When the program is not there, ends at once or does not answer in time. No process is left then.
+pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process> {
+    let settings = host.settings()?;
+    for stray in running_in(host, directory)? {
+        tracing::warn!(pid = stray.pid, "killing a storage daemon that no record tells of");
+        stray.kill(host, settings.qmp())?;
+    }
+    remove_files(directory)?;
+    let program = program::find("qemu-storage-daemon")?;
+    let arguments = arguments(directory)?;
+    let log = directory.join("daemon.log");
+    let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start(host)?;
+    match make_ready(host, &process, directory, &settings).await {
+        Ok(()) => Ok(process),
+        Err(first) => match process.kill(host, settings.qmp()) {
+            Ok(()) => Err(first),
+            Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+        },
+    }
+}
+
+/// Tells whether a process is the daemon of a volume, and runs.
+pub fn is_running(host: &Host, directory: &Path, process: &Process) -> bool {
+    process.is_alive(host) && is_in(process.pid, directory)
+}
+
+/// Stops a daemon, by force if need be, and removes its sockets. What it has open should be closed before.
+///
+/// # Errors
+///
+/// [`Error::Timeout`] when the process does not end even when killed: it hangs in the kernel, and may still write.
+pub async fn stop(host: &Host, directory: &Path, process: &Process) -> Result<()> {
+    let settings = host.settings()?;
+    if is_running(host, directory, process) {
+        match quit(directory).await {
+            Ok(()) if process.wait(host, GRACE) => {}
+            quitted => {
+                if let Err(error) = quitted {
+                    tracing::warn!(error = error.chain(), "the storage daemon does not take the command to quit");
+                }
+                process.signal(host, Signal::TERM);
+                if !process.wait(host, GRACE) {
+                    tracing::error!(pid = process.pid, "killing the storage daemon");
+                    process.kill(host, settings.qmp())?;
+                }
+            }
+        }
+    }
+    remove_files(directory)
+}
+
+/// Asks the daemon to end.
+async fn quit(directory: &Path) -> Result<()> {
+    let client = Client::connect(&Sockets::of(directory).qmp(), GRACE).await?;
+    client.execute("quit", ()).await.map(drop)
+}
+
+/// Waits until the daemon answers, and starts its NBD server.
+async fn make_ready(host: &Host, process: &Process, directory: &Path, settings: &Settings) -> Result<()> {
+    let sockets = Sockets::of(directory);
+    let deadline = Instant::now() + settings.qmp();
+    let client = loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match Client::connect(&sockets.qmp(), left).await {
+            Ok(client) => break client,
+            Err(error) if !process.is_alive(host) => return Err(ended(directory, &error)),
+            // The socket is not there yet, or nobody listens on it yet.
+            Err(Error::Io { .. }) if !left.is_zero() => sleep(Duration::from_millis(1)).await,
+            Err(error) => return Err(error),
+        }
+    };
+    let address = json!({"type": "unix", "data": {"path": text(&sockets.nbd())?}});
+    let patient = json!({"addr": address, "handshake-max-seconds": settings.handshake_seconds});
+    match client.execute("nbd-server-start", patient).await {
+        // QEMU before 9.2 has no such bound, and no such parameter.
+        Err(Error::Qmp { .. }) => client.execute("nbd-server-start", json!({"addr": address})).await.map(drop),
+        result => result.map(drop),
+    }
+}
+
+/// Makes the error for a daemon that ended instead of answering, with its last words.
+fn ended(directory: &Path, error: &Error) -> Error {
+    let log = fs::read(directory.join("daemon.log")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&log[log.len().saturating_sub(QUOTED)..]).trim().to_owned();
+    let reason = if text.is_empty() { error.chain() } else { text };
+    Error::Qemu { doing: "starting the storage daemon".to_owned(), reason }
+}
+
+/// Gives the daemon's command line. The NBD server is started by QMP, where its parameters can be negotiated.
+fn arguments(directory: &Path) -> Result<Vec<OsString>> {
+    let sockets = Sockets::of(directory);
+    let mut arguments: Vec<OsString> = Vec::new();
+    for (id, path) in [("qmp", sockets.qmp()), ("mirror", sockets.mirror())] {
+        arguments.push("--chardev".into());
+        arguments.push(chardev(id, &path)?);
+        arguments.push("--monitor".into());
+        arguments.push(format!("chardev={id},mode=control").into());
+    }
+    arguments.push("--pidfile".into());
+    arguments.push(directory.join("daemon.pid").into());
+    Ok(arguments)
+}
+
+/// Gives a socket's option; in QEMU's options a comma in a value is doubled.
+fn chardev(id: &str, path: &Path) -> Result<OsString> {
+    let path = text(path)?.replace(',', ",,");
+    Ok(format!("socket,id={id},path={path},server=on,wait=off").into())
+}
+
+/// Gives a path as text, which QMP and QEMU's options need.
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| Error::Internal(format!("the path {} is not UTF-8", path.display())))
+}
+
+/// Finds the daemons that run in a directory, recorded or not.
+fn running_in(host: &Host, directory: &Path) -> Result<Vec<Process>> {
+    let proc = Path::new("/proc");
+    let entries = fs::read_dir(proc).map_err(Error::on("listing", proc))?;
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    Ok(pids.filter(|pid| is_in(*pid, directory)).filter_map(|pid| Process::of_pid(host, pid).ok()).collect())
+}
+
+/// Tells whether a process is a daemon whose monitor is in a directory, by its command line.
+fn is_in(pid: i32, directory: &Path) -> bool {
+    let Ok(monitor) = chardev("qmp", &Sockets::of(directory).qmp()) else { return false };
+    let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    command_line.split(|byte| *byte == 0).any(|word| OsStr::from_bytes(word) == monitor)
+}
+
+/// Removes the files of a daemon that has ended.
+fn remove_files(directory: &Path) -> Result<()> {
+    for name in FILES {
+        let path = directory.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::on("removing", &path)(error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}

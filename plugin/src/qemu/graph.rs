@@ -1,0 +1,315 @@
+//! What a volume's daemon has open: a chain of nodes, and one export of its top.
+//!
+//! ```text
+//!   export  <volume uuid>
+//!      │
+//!      ▼
+//!   q<node>  qcow2 ── f<node>  file       the top: read-only or writable
+//!      │ backing
+//!      ▼
+//!   q<node>  qcow2 ── f<node>  file       read-only
+//!      ⋮
+//! ```
+//!
+//! Nodes are added root first and removed top first. Node names come from the node's uuid, so whoever looks at a
+//! daemon, after whatever crash, can tell what it has open.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::Image;
+use super::qmp::Client;
+use crate::error::{Error, Result};
+use crate::id::NodeId;
+use crate::store::Mode;
+
+/// How long a client may take to go before its export is taken away from under it: xapi's proxy closes its connection
+/// about when it calls.
+const CLIENT_GRACE: Duration = Duration::from_secs(1);
+
+/// How often something is looked at that no event tells of.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Names the qcow2 node of a node: at most 31 characters, as QEMU demands.
+pub fn node_name(node: NodeId) -> String {
+    format!("q{}", &node.uuid().as_simple().to_string()[..30])
+}
+
+/// Names the file below it.
+fn file_name(node: NodeId) -> String {
+    format!("f{}", &node.uuid().as_simple().to_string()[..30])
+}
+
+/// Tells whether a node is one of ours.
+fn is_ours(name: &str) -> bool {
+    let digits = name.strip_prefix('q').or_else(|| name.strip_prefix('f'));
+    digits.is_some_and(|digits| digits.len() == 30 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// How a chain's top is exported over NBD.
+#[derive(Clone, Copy, Debug)]
+pub struct Export<'a> {
+    /// The export's name, which is also its id: the volume's uuid.
+    pub name: &'a str,
+    /// Whether clients may write.
+    pub mode: Mode,
+    /// What NBD clients are told of it.
+    pub description: Option<&'a str>,
+}
+
+/// Opens a chain, given top first, and exports its top. The daemon has nothing open before.
+///
+/// # Errors
+///
+/// When a node or the export cannot be added; what was added stays, and [`close`] removes it.
+pub async fn open(client: &Client, images: &[Image], export: &Export<'_>) -> Result<()> {
+    let mut backing = None;
+    for (depth, image) in images.iter().enumerate().rev() {
+        let mode = if depth == 0 { export.mode } else { Mode::ReadOnly };
+        add_image(client, image, mode, backing).await?;
+        backing = Some(image.node);
+    }
+    let top = backing.ok_or_else(|| Error::Internal("a chain without images".to_owned()))?;
+    add_export(client, top, export).await
+}
+
+/// Exports a node.
+///
+/// # Errors
+///
+/// When it cannot be exported.
+pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> Result<()> {
+    let mut arguments = json!({
+        "type": "nbd", "id": export.name, "name": export.name, "node-name": node_name(node),
+        "writable": export.mode == Mode::ReadWrite,
+    });
+    if let Some(description) = export.description {
+        arguments["description"] = description.into();
+    }
+    client.execute("block-export-add", arguments).await.map(drop)
+}
+
+/// Removes the export. With `force` a client that does not go by itself is cut off; all requests that were taken are
+/// completed either way.
+///
+/// # Errors
+///
+/// [`Error::Qmp`] when a client stays and may not be cut off; [`Error::Timeout`] when the export does not go.
+pub async fn remove_export(client: &Client, name: &str, force: bool) -> Result<()> {
+    let deadline = Instant::now() + CLIENT_GRACE;
+    loop {
+        if exported(client, name).await?.is_none() {
+            return Ok(());
+        }
+        // "safe" is refused while a client is connected.
+        match client.execute("block-export-del", json!({"id": name, "mode": "safe"})).await {
+            Ok(_) => break,
+            Err(Error::Qmp { .. }) if Instant::now() < deadline => sleep(LOOK).await,
+            Err(Error::Qmp { .. }) if force => {
+                client.execute("block-export-del", json!({"id": name, "mode": "hard"})).await?;
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    gone(client, name).await
+}
+
+/// Waits until an export that is being removed is gone: its requests are then completed.
+async fn gone(client: &Client, name: &str) -> Result<()> {
+    let patience = client.patience();
+    let wait = async {
+        while exported(client, name).await?.is_some() {
+            sleep(LOOK).await;
+        }
+        Ok(())
+    };
+    timeout_at(Instant::now() + patience, wait).await.unwrap_or_else(|_| {
+        Err(Error::Timeout { doing: format!("removing the export {name}"), seconds: patience.as_secs() })
+    })
+}
+
+/// Gives the name of the node that an export reads; `None` when there is no such export.
+///
+/// # Errors
+///
+/// When the daemon does not answer.
+pub async fn exported(client: &Client, name: &str) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct BlockExport {
+        id: String,
+        node_name: String,
+    }
+    let exports: Vec<BlockExport> = decode("query-block-exports", client.execute("query-block-exports", ()).await?)?;
+    Ok(exports.into_iter().find(|export| export.id == name).map(|export| export.node_name))
+}
+
+/// Lists the names of the nodes of chains, the last one added first.
+async fn nodes(client: &Client) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct BlockDevice {
+        node_name: Option<String>,
+    }
+    let answer = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
+    let nodes: Vec<BlockDevice> = decode("query-named-block-nodes", answer)?;
+    Ok(nodes.into_iter().filter_map(|node| node.node_name).filter(|name| is_ours(name)).collect())
+}
+
+/// Closes what is open, without flushing it first: removes the export, cutting off its clients, and all nodes.
+///
+/// # Errors
+///
+/// When something cannot be removed.
+pub async fn close(client: &Client, export: &str) -> Result<()> {
+    remove_export(client, export, true).await?;
+    let mut left = nodes(client).await?;
+    while !left.is_empty() {
+        // A node that another uses is refused; it is free after the other. Newest first is nearly always right.
+        let mut refused = Vec::new();
+        let mut reason = None;
+        for name in &left {
+            match client.execute("blockdev-del", json!({"node-name": name})).await {
+                Ok(_) => {}
+                Err(error @ Error::Qmp { .. }) => {
+                    reason = Some(error);
+                    refused.push(name.clone());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match reason {
+            Some(error) if refused.len() == left.len() => return Err(error),
+            _ => left = refused,
+        }
+    }
+    Ok(())
+}
+
+/// Writes everything that is not yet in the top's file, and stops writing to it. No export may be left.
+///
+/// Removing a node flushes as well, but nobody is told when that fails.
+///
+/// # Errors
+///
+/// When the flush fails: writes that were acknowledged may be lost. A second attempt may then succeed without
+/// having written anything, and is worth nothing.
+pub async fn flush_and_freeze(client: &Client, top: NodeId, backing: Option<NodeId>) -> Result<()> {
+    let mut options = format_options(top, Mode::ReadOnly);
+    options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
+    client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
+}
+
+/// Puts an overlay on the top of an exported chain; clients do not notice. The overlay's file is there and empty.
+///
+/// # Errors
+///
+/// When it cannot be opened or put there; what was added for it is removed again.
+pub async fn snapshot(client: &Client, top: NodeId, overlay: &Image, mode: Mode) -> Result<()> {
+    remove_overlay(client, overlay.node).await?;
+    let switched = async {
+        add_image(client, overlay, mode, None).await?;
+        let arguments = json!({"node": node_name(top), "overlay": node_name(overlay.node)});
+        client.execute("blockdev-snapshot", arguments).await
+    };
+    match switched.await {
+        Ok(_) => Ok(()),
+        // Refused, so nothing was switched. After any other error that is not known.
+        Err(first @ (Error::Qmp { .. } | Error::NoSpace { .. })) => {
+            match remove_overlay(client, overlay.node).await {
+                Ok(()) => Err(first),
+                Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+            }
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes an overlay's nodes that [`snapshot`] left unused; without any it does nothing.
+///
+/// # Errors
+///
+/// When the overlay is in use.
+pub async fn remove_overlay(client: &Client, overlay: NodeId) -> Result<()> {
+    let present = nodes(client).await?;
+    for name in [node_name(overlay), file_name(overlay)] {
+        if present.contains(&name) {
+            client.execute("blockdev-del", json!({"node-name": name})).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the top a larger virtual size. No export may be there: it would not allow it.
+///
+/// # Errors
+///
+/// When the daemon refuses.
+pub async fn resize(client: &Client, top: NodeId, bytes: u64) -> Result<()> {
+    client.execute("block_resize", json!({"node-name": node_name(top), "size": bytes})).await.map(drop)
+}
+
+/// Adds an image's two nodes. `backing` is a node that is there already; never what a header says.
+async fn add_image(client: &Client, image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<()> {
+    let mut file = json!({
+        "driver": "file", "node-name": file_name(image.node), "filename": image.filename()?,
+        "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
+        "cache": {"direct": allows_direct(&image.path)}, "aio": "io_uring",
+    });
+    if let Err(Error::Qmp { .. }) = client.execute("blockdev-add", &file).await {
+        // A kernel or a QEMU without io_uring. Another reason will be given again.
+        file["aio"] = "threads".into();
+        client.execute("blockdev-add", &file).await?;
+    }
+    let mut options = format_options(image.node, mode);
+    options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
+    client.execute("blockdev-add", options).await.map(drop)
+}
+
+/// Gives the options of an image's qcow2 node, without its backing.
+fn format_options(node: NodeId, mode: Mode) -> Value {
+    json!({
+        "driver": "qcow2", "node-name": node_name(node), "file": file_name(node),
+        "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
+        // Zeroes that a guest writes take no space.
+        "detect-zeroes": if mode == Mode::ReadWrite { "unmap" } else { "off" },
+    })
+}
+
+/// Tells whether a file can be read and written around the page cache, which is both faster and kinder to the host's
+/// memory; tmpfs before Linux 6.6 is among what cannot.
+fn allows_direct(path: &Path) -> bool {
+    let direct = OFlags::DIRECT.bits().cast_signed();
+    OpenOptions::new().read(true).custom_flags(direct).open(path).is_ok()
+}
+
+/// Decodes a command's answer.
+fn decode<T: serde::de::DeserializeOwned>(command: &str, answer: Value) -> Result<T> {
+    serde_json::from_value(answer).map_err(|error| Error::Qemu {
+        doing: format!("QMP {command}"),
+        reason: format!("its answer cannot be read: {error}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_names_are_short_enough_and_recognised() {
+        let node = NodeId::random();
+        for name in [node_name(node), file_name(node)] {
+            assert_eq!(name.len(), 31);
+            assert!(is_ours(&name));
+        }
+        assert!(!is_ours("mirror-target") && !is_ours("#block123"));
+    }
+}
