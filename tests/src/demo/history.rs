@@ -22,6 +22,14 @@ pub const GUEST_REGION: Extent = Extent { offset: FILESYSTEM, length: DISK - FIL
 /// The snapshots, in the order in which they are taken.
 pub const SNAPSHOTS: [&str; 4] = ["snap1", "snap2", "snap3", "snap4"];
 
+/// What is done for each snapshot, as it is told.
+const STEPS: [(&str, &str); 4] = [
+    ("writing the first files", "taking snap1"),
+    ("writing the files of snap2", "taking snap2"),
+    ("writing the files of snap3", "taking snap3"),
+    ("writing the files of snap4", "taking snap4"),
+];
+
 /// The file system's size in bytes.
 const FILESYSTEM: u64 = 160 << 20;
 /// Bytes of files at first, and the bytes that each step adds.
@@ -41,7 +49,7 @@ pub struct History {
 }
 
 /// What a step does, told while it is done.
-pub type Told<'a> = &'a mut dyn FnMut(&str);
+pub type Told<'a> = &'a mut dyn FnMut(&'static str);
 
 impl History {
     /// Makes all states offline.
@@ -82,16 +90,16 @@ impl History {
     /// The step that failed.
     pub async fn play<M: Machine>(&self, machine: &mut M, told: Told<'_>) -> Result<()> {
         let mut before: Option<&Filesystem> = None;
-        for name in SNAPSHOTS {
+        for (name, (writing, taking)) in SNAPSHOTS.into_iter().zip(STEPS) {
             if name == "snap3" {
                 told("reverting to snap1");
                 machine.revert("snap1").await.context("cannot revert to snap1")?;
                 before = self.states.get("snap1");
             }
             let state = &self.states[name];
-            told(&format!("writing the files of {name}"));
+            told(writing);
             bring(machine, before, state).await.with_context(|| format!("cannot write the files of {name}"))?;
-            told(&format!("taking {name}"));
+            told(taking);
             machine.snapshot(name).await.with_context(|| format!("cannot take {name}"))?;
             before = Some(state);
         }

@@ -34,11 +34,20 @@ pub struct Judgement {
     pub problems: Vec<String>,
 }
 
+/// What the destination's topology is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// The source's own.
+    Same,
+    /// Every volume for itself: what is left of a tree that was copied volume by volume.
+    Flat,
+}
+
 /// Compares every pair by content and the two SRs by topology, while both are there and nobody writes to them.
 ///
 /// # Errors
 /// If an SR or an image cannot be read; a volume that is missing is a problem in the judgement instead.
-pub fn judge(source: &Path, destination: &Path, pairs: &[Pair]) -> Result<Judgement> {
+pub fn judge(source: &Path, destination: &Path, pairs: &[Pair], shape: Shape) -> Result<Judgement> {
     let (source, destination) = (Sr::read(source)?, Sr::read(destination)?);
     let mut problems = Vec::new();
     let headers = Topology::of(&source, Links::Headers);
@@ -65,18 +74,22 @@ pub fn judge(source: &Path, destination: &Path, pairs: &[Pair]) -> Result<Judgem
         });
     }
     let content = nodes.iter().all(|node| node.identical);
-    let wrong_links = compare_topologies(&source, &destination, pairs);
+    let wrong_links = compare_topologies(&source, &destination, pairs, shape);
     let topology = wrong_links.is_empty();
     problems.extend(wrong_links);
     Ok(Judgement { nodes, topology, content, problems })
 }
 
 /// Where the topologies differ, each volume called by its pair's name.
-fn compare_topologies(source: &Sr, destination: &Sr, pairs: &[Pair]) -> Vec<String> {
+fn compare_topologies(source: &Sr, destination: &Sr, pairs: &[Pair], shape: Shape) -> Vec<String> {
     let of_source: BTreeMap<_, _> = pairs.iter().map(|pair| (pair.source.as_str(), &pair.name)).collect();
     let of_destination: BTreeMap<_, _> = pairs.iter().map(|pair| (pair.destination.as_str(), &pair.name)).collect();
-    let wanted =
-        Topology::of(source, Links::Headers).renamed(|volume| of_source.get(volume).map(|name| (*name).clone()));
+    let wanted = match shape {
+        Shape::Same => {
+            Topology::of(source, Links::Headers).renamed(|volume| of_source.get(volume).map(|name| (*name).clone()))
+        }
+        Shape::Flat => Topology::new(pairs.iter().map(|pair| (pair.name.clone(), None))),
+    };
     let mut found = Vec::new();
     for (links, place) in [(Links::Headers, "headers"), (Links::Records, "records")] {
         let there = Topology::of(destination, links);

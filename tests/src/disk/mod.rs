@@ -14,6 +14,6 @@ mod sr;
 mod topology;
 
 pub use content::{Fingerprint, RawCopy};
-pub use judge::{Judgement, Pair, judge, model_holds};
+pub use judge::{Judgement, Pair, Shape, judge, model_holds};
 pub use sr::{Inventory, Links, Node, Sr, Tree};
 pub use topology::Topology;

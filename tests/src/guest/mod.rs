@@ -159,6 +159,11 @@ impl Guest {
         }
     }
 
+    /// Whether it was started and not suspended since.
+    pub fn is_started(&self) -> bool {
+        self.running.is_some()
+    }
+
     /// Whether at least one writer still writes.
     pub fn is_writing(&self) -> bool {
         self.running.as_ref().is_some_and(|running| running.writers.iter().any(|writer| !writer.is_finished()))

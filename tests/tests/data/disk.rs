@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use fake_xapi::disk::{Fingerprint, Inventory, Links, Pair, Sr, Topology, judge, model_holds, qemu_img};
+use fake_xapi::disk::{Fingerprint, Inventory, Links, Pair, Shape, Sr, Topology, judge, model_holds, qemu_img};
 use fake_xapi::plan::Plan;
 use serde_json::json;
 use tempfile::TempDir;
@@ -76,7 +76,7 @@ fn a_faithful_copy_is_judged_faithful_and_its_hidden_nodes_do_not_count() {
     });
     std::fs::write(destination.path().join("trees/t/tree.json"), tree.to_string()).unwrap();
     std::os::unix::fs::symlink("../trees/t", destination.path().join("volumes/M")).unwrap();
-    let judgement = judge(source.path(), destination.path(), &pairs()).unwrap();
+    let judgement = judge(source.path(), destination.path(), &pairs(), Shape::Same).unwrap();
     assert!(judgement.topology && judgement.content, "{judgement:?}");
     assert_eq!(judgement.nodes[1].parent.as_deref(), Some("A"));
     let sr = Sr::read(destination.path()).unwrap();
@@ -89,10 +89,10 @@ fn a_faithful_copy_is_judged_faithful_and_its_hidden_nodes_do_not_count() {
 fn one_byte_that_differs_is_found_in_the_node_that_has_it() {
     let (source, destination) = (source(), source());
     let same: Vec<Pair> = pairs().into_iter().map(|pair| Pair { destination: pair.source.clone(), ..pair }).collect();
-    let judgement = judge(source.path(), destination.path(), &same).unwrap();
+    let judgement = judge(source.path(), destination.path(), &same, Shape::Same).unwrap();
     assert!(judgement.topology && judgement.content, "{judgement:?}");
     qemu_io(&destination.image("c"), &["write -P 9 1000000 1"]);
-    let judgement = judge(source.path(), destination.path(), &same).unwrap();
+    let judgement = judge(source.path(), destination.path(), &same, Shape::Same).unwrap();
     let identical: Vec<bool> = judgement.nodes.iter().map(|node| node.identical).collect();
     assert_eq!(identical, [true, true, false]);
     assert!(judgement.topology && !judgement.content && judgement.problems[0].starts_with("disk: "));
@@ -102,8 +102,10 @@ fn one_byte_that_differs_is_found_in_the_node_that_has_it() {
 fn a_branch_that_became_a_chain_is_another_topology() {
     let source = Made::new(&[("a", None, Some("A")), ("b", Some("a"), Some("B")), ("c", Some("a"), Some("C"))]);
     let destination = Made::new(&[("k", None, Some("K")), ("l", Some("k"), Some("L")), ("m", Some("l"), Some("M"))]);
-    let judgement = judge(source.path(), destination.path(), &pairs()).unwrap();
+    let judgement = judge(source.path(), destination.path(), &pairs(), Shape::Same).unwrap();
     assert!(!judgement.topology);
+    let flat = judge(source.path(), source.path(), &[pairs()[0].clone()], Shape::Flat).unwrap();
+    assert!(flat.topology);
     assert!(
         judgement.problems.iter().any(|problem| problem.starts_with("disk is based on two, not on one")),
         "{judgement:?}"
@@ -113,7 +115,7 @@ fn a_branch_that_became_a_chain_is_another_topology() {
 #[test]
 fn a_volume_that_is_missing_is_a_problem_of_its_own() {
     let destination = Made::new(&[("k", None, Some("K")), ("l", Some("k"), Some("L"))]);
-    let judgement = judge(source().path(), destination.path(), &pairs()).unwrap();
+    let judgement = judge(source().path(), destination.path(), &pairs(), Shape::Same).unwrap();
     assert!(!judgement.topology && !judgement.content);
     assert!(judgement.problems.iter().any(|problem| problem.contains("no volume M")), "{judgement:?}");
 }

@@ -56,7 +56,7 @@ async fn the_worked_example_holds_its_file_systems_at_every_node() {
     let history = History::make().unwrap();
     let mut chains = Chains::new(&[DISK]);
     let mut told = Vec::new();
-    history.play(&mut chains, &mut |what| told.push(what.to_owned())).await.unwrap();
+    history.play(&mut chains, &mut |what| told.push(what)).await.unwrap();
     chains.close();
     for name in SNAPSHOTS {
         history.check(Some(name), chains.snapshot_image(name, 0)).unwrap();
