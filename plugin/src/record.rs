@@ -91,11 +91,11 @@ pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Puts an encoded record in place, as [`write`] does.
+/// Puts an encoded record in place, as [`write()`] does.
 ///
 /// # Errors
 ///
-/// As [`write`].
+/// As [`write()`].
 pub fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> {
     let directory = directory_of(path)?;
     let writing = |error: io::Error| Error::on("writing", path)(error);

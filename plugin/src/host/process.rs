@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 pub struct Process {
     /// The process id.
     pub pid: i32,
-    /// When it started, in clock ticks since boot (field 22 of /proc/<pid>/stat).
+    /// When it started, in clock ticks since boot (field 22 of `/proc/<pid>/stat`).
     pub start_time: u64,
     /// The boot it started in.
     pub boot_id: Uuid,

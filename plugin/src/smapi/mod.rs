@@ -70,7 +70,7 @@ fn shorten(text: &str) -> String {
 
 /// Runs the call that this process was started for, and gives its exit status.
 ///
-/// The method is argv[0]'s file name, or the first argument when the executable is called by its own name. With
+/// The method is `argv[0]`'s file name, or the first argument when the executable is called by its own name. With
 /// `--list-methods` it prints the methods' names, one a line.
 pub fn main(methods: &[Method]) -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();

@@ -3,7 +3,7 @@
 //! - [`qemu_img`] runs qemu-img: chains, comparison, checks, raw copies, allocation. Every image may be in use.
 //! - [`Sr`] reads an SR's directory: the backing links in the qcow2 headers, and the records beside them.
 //! - [`Topology`] is which volume's content is based on which other's, nodes that no volume names contracted away.
-//! - [`judge`] holds the pairs of a migration against each other.
+//! - [`judge()`] holds the pairs of a migration against each other.
 //!
 //! All of it blocks: call it from a blocking task where others wait.
 

@@ -1,6 +1,6 @@
 //! Runs one script of a plugin as xapi-storage-script does, records the call, and injects faults on request.
 //!
-//! `<dir>/<Method> --json`, the whole path as argv[0], `/` as the directory, SIGPIPE ignored, a few stray
+//! `<dir>/<Method> --json`, the whole path as `argv[0]`, `/` as the directory, SIGPIPE ignored, a few stray
 //! descriptors inherited, the request on stdin without a newline and then the end of file. Both output
 //! pipes are read to their end. There is no time-out: a slow script is waited for.
 
