@@ -73,14 +73,16 @@ impl Sockets {
 /// When the program is not there, ends at once or does not answer in time. No process is left then.
 pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process> {
     let settings = host.settings()?;
-    for stray in running_in(host, directory)? {
+    let log = directory.join("daemon.log");
+    // Without a log none was ever started there.
+    let strays = if log.exists() { running_in(host, directory)? } else { Vec::new() };
+    for stray in strays {
         tracing::warn!(pid = stray.pid, "killing a storage daemon that no record tells of");
         stray.kill(host, settings.qmp())?;
     }
     remove_files(directory)?;
     let program = program::find("qemu-storage-daemon")?;
     let arguments = arguments(directory)?;
-    let log = directory.join("daemon.log");
     let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start(host)?;
     match make_ready(host, &process, directory, &settings).await {
         Ok(()) => Ok(process),

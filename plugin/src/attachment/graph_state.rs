@@ -1,0 +1,168 @@
+//! Opening and closing the graph, with every step written down before it is done.
+
+use super::Attachment;
+use super::state::{Open, Phase};
+use crate::error::{Error, Result};
+use crate::qemu::graph::{self, Export};
+use crate::qemu::qmp::Client;
+use crate::qemu::{self, Image};
+use crate::store::Mode;
+
+impl Attachment {
+    /// Finishes what a killed call left half done: a graph that was being opened is closed, as nobody was told of it;
+    /// one that was being closed is closed; an export that was away for a moment comes back.
+    ///
+    /// Where the daemon does not play along, that is kept in `trouble`, and whatever needs the graph fails with it.
+    pub(super) fn settle(&mut self) {
+        let Some(Open { phase: Phase::Opening | Phase::Closing | Phase::Exporting, .. }) = self.state.open else {
+            return;
+        };
+        // In a thread, because the caller may be inside a runtime of its own.
+        let settled = std::thread::scope(|scope| {
+            let settling = scope.spawn(|| qemu::block_on(self.settle_graph()));
+            settling.join().unwrap_or_else(|_| Err(Error::Internal("finishing a killed call panicked".to_owned())))
+        });
+        if let Err(error) = settled {
+            tracing::warn!(error = error.chain(), "what a killed call left could not be finished");
+            self.trouble = Some(error);
+        }
+    }
+
+    async fn settle_graph(&mut self) -> Result<()> {
+        let client = self.client().await?;
+        match self.state.open.as_ref().map(|open| open.phase) {
+            Some(Phase::Opening) => {
+                graph::close(&client, &self.export_name()).await?;
+                self.state.open = None;
+                self.save()
+            }
+            Some(Phase::Closing) => {
+                if let Err(error) = self.close_graph(&client).await {
+                    // Kept with the domains it concerns, for whoever deactivates them.
+                    tracing::error!(error = error.chain(), "closing what a killed call left open");
+                }
+                if self.state.open.is_some() { Err(Error::Internal("it is still open".to_owned())) } else { Ok(()) }
+            }
+            Some(Phase::Exporting) => self.put_export_back(&client).await,
+            Some(Phase::Open) | None => Ok(()),
+        }
+    }
+
+    /// Fails when something that a killed call left could not be finished.
+    pub(super) fn ready(&mut self) -> Result<()> {
+        self.trouble.take().map_or(Ok(()), Err)
+    }
+
+    /// Opens a chain and exports it. On failure nothing is open.
+    pub(super) async fn open_graph(&mut self, client: &Client, images: &[Image], mode: Mode) -> Result<()> {
+        let nodes = images.iter().map(|image| image.node).collect();
+        self.state.open = Some(Open { mode, nodes, overlay: None, phase: Phase::Opening });
+        self.save()?;
+        let name = self.export_name();
+        // A call that was killed before its record was written may have left nodes.
+        graph::close(client, &name).await?;
+        let export = Export { name: &name, mode, description: None };
+        if let Err(first) = graph::open(client, images, &export).await {
+            return match graph::close(client, &name).await {
+                Ok(()) => {
+                    self.state.open = None;
+                    self.save()?;
+                    Err(first)
+                }
+                Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+            };
+        }
+        self.set_phase(Phase::Open)
+    }
+
+    /// Closes what is open: clients are cut off if they do not go, and what was written is flushed.
+    ///
+    /// A flush that fails is kept for every active domain that writes, and returned, but everything is closed all
+    /// the same: nothing can be won by keeping it open.
+    pub(super) async fn close_graph(&mut self, client: &Client) -> Result<()> {
+        let name = self.export_name();
+        self.learn_top(client).await?;
+        let Some(open) = self.state.open.clone() else { return graph::close(client, &name).await };
+        self.set_phase(Phase::Closing)?;
+        graph::remove_export(client, &name, true).await?;
+        let flushed = match open.mode {
+            Mode::ReadWrite => self.flush(client, &open).await,
+            Mode::ReadOnly => Ok(()),
+        };
+        graph::close(client, &name).await?;
+        self.state.open = None;
+        self.save()?;
+        flushed
+    }
+
+    /// Makes a writable graph read-only for the domains that stay, once what was written is flushed. A client that
+    /// is connected keeps it writable: the flush is then left to its end.
+    pub(super) async fn downgrade_graph(&mut self, client: &Client) -> Result<()> {
+        let name = self.export_name();
+        self.learn_top(client).await?;
+        let Some(mut open) = self.state.open.clone() else { return Ok(()) };
+        self.set_phase(Phase::Exporting)?;
+        match graph::remove_export(client, &name, false).await {
+            Ok(()) => {}
+            Err(Error::Qmp { .. }) => return self.set_phase(Phase::Open),
+            Err(error) => return Err(error),
+        }
+        let flushed = self.flush(client, &open).await;
+        open.mode = Mode::ReadOnly;
+        open.phase = Phase::Exporting;
+        self.state.open = Some(open);
+        self.save()?;
+        self.put_export_back(client).await?;
+        flushed
+    }
+
+    /// Flushes a writable graph whose export is gone, and keeps the failure for the domains that wrote.
+    async fn flush(&mut self, client: &Client, open: &Open) -> Result<()> {
+        let Some(top) = open.nodes.first() else { return Ok(()) };
+        let Err(error) = graph::flush_and_freeze(client, *top, open.nodes.get(1).copied()).await else {
+            return Ok(());
+        };
+        let Error::Qmp { desc: reason, .. } = &error else { return Err(error) };
+        let writers = self.state.domains.iter().filter(|(_, usage)| usage.mode() == Some(Mode::ReadWrite));
+        let unflushed: Vec<_> = writers.map(|(domain, _)| (domain.clone(), reason.clone())).collect();
+        self.state.unflushed.extend(unflushed);
+        self.save()?;
+        Err(error)
+    }
+
+    /// Adds the export again where it is missing, after a moment without it.
+    pub(super) async fn put_export_back(&mut self, client: &Client) -> Result<()> {
+        let name = self.export_name();
+        if let Some(open) = &self.state.open
+            && let Some(top) = open.nodes.first()
+            && graph::exported(client, &name).await?.is_none()
+        {
+            graph::add_export(client, *top, &Export { name: &name, mode: open.mode, description: None }).await?;
+        }
+        self.set_phase(Phase::Open)
+    }
+
+    /// Finds out whether the overlay of a snapshot that was not recorded to its end is the top.
+    pub(super) async fn learn_top(&mut self, client: &Client) -> Result<()> {
+        let Some(overlay) = self.state.open.as_ref().and_then(|open| open.overlay) else { return Ok(()) };
+        let switched = self.exported_top(client).await? == Some(overlay);
+        if !switched {
+            graph::remove_overlay(client, overlay).await?;
+        }
+        if let Some(open) = &mut self.state.open {
+            open.overlay = None;
+            if switched {
+                open.nodes.insert(0, overlay);
+            }
+        }
+        self.save()
+    }
+
+    /// Writes down how far the graph is.
+    pub(super) fn set_phase(&mut self, phase: Phase) -> Result<()> {
+        if let Some(open) = &mut self.state.open {
+            open.phase = phase;
+        }
+        self.save()
+    }
+}

@@ -1,0 +1,185 @@
+//! From the first attach to the last detach.
+
+use std::time::{Duration, Instant};
+
+use super::state::Use;
+use super::{Attachment, clients};
+use crate::error::{Error, Result};
+use crate::id::Domain;
+use crate::qemu::{Image, daemon};
+use crate::store::Mode;
+
+/// How long a client that is about to go may take: xapi's proxy closes its connection about when it calls.
+const CLIENT_GRACE: Duration = Duration::from_secs(1);
+
+impl Attachment {
+    /// Attaches a domain: its volume's daemon runs then. A domain that is attached stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon does not start.
+    pub async fn attach(&mut self, domain: &Domain) -> Result<()> {
+        self.ensure_daemon().await?;
+        self.state.domains.entry(domain.clone()).or_insert(Use::Attached);
+        self.save()
+    }
+
+    /// Activates a domain, attached or not: the chain given, top first, is then open and exported, and writable if
+    /// an active domain writes.
+    ///
+    /// A migration's domain without a client is nobody ([`Domain::is_migration`]); it is deactivated by the way. A
+    /// domain that is active already keeps what it may do, or may do more.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeInUse`] when the volume is open read-only and cannot be reopened, because a client is
+    /// connected; else the chain cannot be opened.
+    pub async fn activate(&mut self, domain: &Domain, mode: Mode, images: &[Image]) -> Result<()> {
+        self.ready()?;
+        self.ensure_daemon().await?;
+        self.drop_stale(domain).await?;
+        let current = self.state.domains.get(domain).copied().unwrap_or(Use::Attached);
+        let wanted = current.max(mode.into());
+        let needed = self.state.needed().max(wanted.mode()).unwrap_or(mode);
+        match self.open_mode() {
+            Some(open) if open >= needed => {}
+            Some(_) => {
+                if !self.clients_are_gone().await? {
+                    return Err(Error::VolumeInUse {
+                        volume: self.state.volume.to_string(),
+                        reason: "it is open read-only and a client is connected".to_owned(),
+                    });
+                }
+                let client = self.client().await?;
+                self.close_graph(&client).await?;
+                self.open_graph(&client, images, needed).await?;
+            }
+            None => {
+                let client = self.client().await?;
+                self.open_graph(&client, images, needed).await?;
+            }
+        }
+        self.state.domains.insert(domain.clone(), wanted);
+        self.state.unflushed.remove(domain);
+        self.save()
+    }
+
+    /// Deactivates a domain; one that is not active, or not known, stays as it is. The last one closes the graph,
+    /// the last one that writes makes it read-only.
+    ///
+    /// # Errors
+    ///
+    /// When what was written could not be flushed. The graph is closed then, and the same error comes again until the
+    /// domain is activated anew or detached. After any other error the domain is still active.
+    pub async fn deactivate(&mut self, domain: &Domain) -> Result<()> {
+        self.ready()?;
+        if let Some(reason) = self.state.unflushed.get(domain) {
+            return Err(Error::Qemu { doing: "flushing the last writes".to_owned(), reason: reason.clone() });
+        }
+        let usage = self.state.domains.get(domain).copied().filter(|usage| usage.is_active());
+        let others = self.state.domains.iter().filter(|(other, _)| *other != domain);
+        let needed = others.filter_map(|(_, usage)| usage.mode()).max();
+        let closed = match (needed, self.open_mode()) {
+            (_, None) => Ok(()),
+            (None, Some(_)) => {
+                let client = self.client().await?;
+                self.close_graph(&client).await
+            }
+            (Some(Mode::ReadOnly), Some(Mode::ReadWrite)) if usage == Some(Use::ReadWrite) => {
+                let client = self.client().await?;
+                self.downgrade_graph(&client).await
+            }
+            (Some(_), Some(_)) => Ok(()),
+        };
+        if usage.is_some() && (closed.is_ok() || self.state.unflushed.contains_key(domain)) {
+            self.state.domains.insert(domain.clone(), Use::Attached);
+            self.save()?;
+        }
+        closed
+    }
+
+    /// Detaches a domain, active or not. The last one stops the daemon, and nothing is left of the volume on this
+    /// host.
+    ///
+    /// # Errors
+    ///
+    /// Only when the daemon's process does not end. What cannot be closed is logged, and ends with the daemon.
+    pub async fn detach(&mut self, domain: &Domain) -> Result<()> {
+        if let Err(error) = self.deactivate(domain).await {
+            tracing::error!(%domain, error = error.chain(), "detaching a domain that cannot be deactivated");
+        }
+        self.state.domains.remove(domain);
+        self.state.unflushed.remove(domain);
+        if self.state.domains.is_empty() { self.stop().await } else { self.save() }
+    }
+
+    /// Stops the daemon, whoever uses the volume, and leaves nothing of it on this host. What is open is not flushed
+    /// but by the daemon itself.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon's process does not end.
+    pub async fn stop(&mut self) -> Result<()> {
+        if let Some(process) = self.state.daemon {
+            daemon::stop(&self.host, &self.directory, &process).await?;
+        }
+        self.state.daemon = None;
+        self.state.open = None;
+        self.state.domains.clear();
+        self.state.unflushed.clear();
+        self.trouble = None;
+        // The directory goes with the lock, and only once: another call may make a new one right after.
+        self.forget()
+    }
+
+    /// Tells whether anybody but stale migration domains is active; see [`Self::activate`].
+    ///
+    /// # Errors
+    ///
+    /// When connected clients cannot be counted.
+    pub async fn is_used(&self) -> Result<bool> {
+        let connected = self.clients().await? > 0;
+        let active = self.state.domains.iter().filter(|(_, usage)| usage.is_active());
+        Ok(active.into_iter().any(|(domain, _)| connected || !domain.is_migration()))
+    }
+
+    /// Starts the daemon if none runs.
+    async fn ensure_daemon(&mut self) -> Result<()> {
+        if self.state.daemon.is_some() {
+            return Ok(());
+        }
+        let unit = format!("xapi-storage-qcow2-{}", self.state.volume);
+        self.state.daemon = Some(daemon::spawn(&self.host, &self.directory, &unit).await?);
+        self.save()
+    }
+
+    /// Deactivates migration domains, other than the one given, that nobody is connected for.
+    async fn drop_stale(&mut self, domain: &Domain) -> Result<()> {
+        let is_stale =
+            |(other, usage): (&Domain, &Use)| *other != *domain && other.is_migration() && usage.is_active();
+        if !self.state.domains.iter().any(is_stale) || self.clients().await? > 0 {
+            return Ok(());
+        }
+        for (other, usage) in &mut self.state.domains {
+            if is_stale((other, usage)) {
+                tracing::info!(stale = %other, "a migration that nobody is connected for no longer counts");
+                *usage = Use::Attached;
+            }
+        }
+        self.save()
+    }
+
+    /// Waits a little for the clients to go, and tells whether they have.
+    async fn clients_are_gone(&self) -> Result<bool> {
+        let deadline = Instant::now() + CLIENT_GRACE;
+        loop {
+            if clients::count(&self.sockets().nbd())? == 0 {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Changes to a volume while it is open: under its clients, or between them.
+
+use super::Attachment;
+use super::state::Phase;
+use crate::error::{Error, Result};
+use crate::qemu::{Image, graph};
+use crate::store::Mode;
+
+impl Attachment {
+    /// Puts an overlay, whose file is there and empty, on the top of what is open; clients go on without noticing, and
+    /// from then on write to the overlay. Does nothing when it is on top already.
+    ///
+    /// # Errors
+    ///
+    /// When nothing is open, or the daemon refuses, which it does while a block job runs; nothing has changed then.
+    /// After a time-out [`Self::top`] tells.
+    pub async fn snapshot(&mut self, overlay: &Image) -> Result<()> {
+        self.ready()?;
+        let client = self.client().await?;
+        self.learn_top(&client).await?;
+        let Some(open) = &mut self.state.open else { return Err(self.not_open()) };
+        let mode = open.mode;
+        let top = match open.nodes.first() {
+            Some(top) if *top == overlay.node => return Ok(()),
+            Some(top) => *top,
+            None => return Err(Error::Internal("an open chain without nodes".to_owned())),
+        };
+        open.overlay = Some(overlay.node);
+        self.save()?;
+        graph::snapshot(&client, top, overlay, mode).await?;
+        if let Some(open) = &mut self.state.open {
+            open.nodes.insert(0, overlay.node);
+            open.overlay = None;
+        }
+        self.save()
+    }
+
+    /// Removes what [`Self::snapshot`] opened for an overlay that did not become the top; nothing of it is fine too.
+    ///
+    /// # Errors
+    ///
+    /// When the overlay is on top.
+    pub async fn drop_unused_overlay(&mut self, overlay: &Image) -> Result<()> {
+        if !self.is_alive() {
+            return Ok(());
+        }
+        self.ready()?;
+        let client = self.client().await?;
+        self.learn_top(&client).await?;
+        graph::remove_overlay(&client, overlay.node).await
+    }
+
+    /// Gives the top a larger virtual size. The export is away for a moment, as it would not allow that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeInUse`] when a client is connected, who would not see the new size, or when the volume is open
+    /// read-only; else nothing is open or the daemon refuses. The size is then as before.
+    pub async fn resize(&mut self, bytes: u64) -> Result<()> {
+        self.ready()?;
+        let in_use = |volume: &str, reason: &str| {
+            Err(Error::VolumeInUse { volume: volume.to_owned(), reason: reason.to_owned() })
+        };
+        let name = self.export_name();
+        let client = self.client().await?;
+        self.learn_top(&client).await?;
+        let Some(open) = &self.state.open else { return Err(self.not_open()) };
+        let Some(top) = open.nodes.first().copied() else { return Err(self.not_open()) };
+        if open.mode == Mode::ReadOnly {
+            return in_use(&name, "it is open read-only");
+        }
+        self.set_phase(Phase::Exporting)?;
+        match graph::remove_export(&client, &name, false).await {
+            Ok(()) => {}
+            Err(Error::Qmp { .. }) => {
+                self.set_phase(Phase::Open)?;
+                return in_use(&name, "a client is connected, which would not see the new size");
+            }
+            Err(error) => return Err(error),
+        }
+        let resized = graph::resize(&client, top, bytes).await;
+        self.put_export_back(&client).await?;
+        resized
+    }
+
+    /// The error for a change to what is not open.
+    fn not_open(&self) -> Error {
+        Error::Internal(format!("volume {} is not open on this host", self.state.volume))
+    }
+}
