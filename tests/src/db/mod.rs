@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
 
 pub use vm::ActiveDisk;
+pub(crate) use vm::{plug as vm_plug, vbd_dp};
 
 use crate::host::{Host, lock};
 use crate::smapiv2::{Sr, Vdi, VdiInfo};
