@@ -58,9 +58,12 @@ Datapath.detach)
 	echo null ;;
 Data.mirror)
 	rm -f "$d/mirror"; remote=$(f remote)
-	setsid sh -c 'i=0; until nbdcopy --connections=1 --flush "nbd+unix:///$2?socket=$1/nbd.sock" "$3"; do
-		i=$((i + 1)); [ $i -lt 20 ] || { echo 1 > "$1/mirror"; exit; }; sleep 0.1; done; echo 0 > "$1/mirror"' \
-		mirror "$d" "${d##*/}" "$remote" </dev/null >/dev/null 2>&1 &
+	# Only a proxy that is not there yet is tried again: there is one connection and no other.
+	setsid sh -c 'i=0; while :; do
+			said=$(nbdcopy --connections=1 --flush "nbd+unix:///$2?socket=$1/nbd.sock" "$3" 2>&1) && break
+			case $said in *refused* | *"No such file"*) ;; *) echo 1 > "$1/mirror"; exit ;; esac
+			i=$((i + 1)); [ $i -lt 20 ] || { echo 1 > "$1/mirror"; exit; }; sleep 0.1
+		done; echo 0 > "$1/mirror"' mirror "$d" "${d##*/}" "$remote" </dev/null >/dev/null 2>&1 &
 	printf '["MirrorV1","%s"]' "$d" ;;
 Data.stat)
 	d=$(printf '%s' "$in" | sed -n 's/.*\["MirrorV1","\([^"]*\)"\].*/\1/p')

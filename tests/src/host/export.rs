@@ -40,6 +40,24 @@ impl Host {
         bind(&path).with_context(|| format!("cannot listen at {}", path.display()))
     }
 
+    /// Begins a proxy whose socket is to appear later: nothing can be reached under its name until then.
+    ///
+    /// In xapi the old socket stays until the new one is bound, so that a plugin that is very quick may reach the
+    /// proxy of an earlier attempt; no plugin could do anything about that.
+    pub(crate) fn claim_export(&self, vm: &Vm) -> u64 {
+        let mut claims = lock(&self.export_claims);
+        let claim = claims.entry(vm.clone()).or_default();
+        *claim += 1;
+        let _ = std::fs::remove_file(self.export_socket(vm));
+        *claim
+    }
+
+    /// Binds a claimed proxy, unless another attempt has claimed it since.
+    pub(crate) fn bind_claimed(&self, vm: &Vm, claim: u64) -> Result<Option<UnixListener>> {
+        let claims = lock(&self.export_claims);
+        if claims.get(vm) == Some(&claim) { self.bind_export(vm).map(Some) } else { Ok(None) }
+    }
+
     /// Serves one connection of a bound proxy: accepts it, asks the destination, pumps.
     pub fn run_export(
         self: &Arc<Self>,

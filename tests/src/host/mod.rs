@@ -26,7 +26,7 @@ pub use plugins::{DatapathPlugin, VolumePlugin};
 pub use pump::{Sample, Wire, WireFault, WireHarm, WireMoment, Wires};
 
 use crate::script::{CallLog, Faults, Runner};
-use crate::smapiv2::{Dp, DpInfo, Sr, Vdi};
+use crate::smapiv2::{Dp, DpInfo, Sr, Vdi, Vm};
 use crate::sxm::State;
 use crate::wire::Volume;
 
@@ -56,6 +56,8 @@ pub struct Host {
     wires: Wires,
     next_domid: AtomicU32,
     tasks: Mutex<Vec<AbortHandle>>,
+    /// How often each proxy was claimed.
+    export_claims: Mutex<HashMap<Vm, u64>>,
     /// Connections that xapi forgets to close when its proxy fails before it pumps.
     pub(crate) forgotten: Mutex<Vec<UnixStream>>,
 }
@@ -100,6 +102,7 @@ impl Host {
             wires: Wires::default(),
             next_domid: AtomicU32::new(1),
             tasks: Mutex::default(),
+            export_claims: Mutex::default(),
             forgotten: Mutex::default(),
         });
         server::serve(&host)?;

@@ -8,7 +8,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::*;
-use crate::smapiv2::Vm;
 
 struct Pair {
     _dir: tempfile::TempDir,

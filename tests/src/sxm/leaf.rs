@@ -96,14 +96,17 @@ pub(super) async fn start_mirror(
     ctx.tell(Event::Started { source: vdi.clone(), destination: target.info.vdi.clone() });
     if late {
         let spawner = Arc::clone(&host);
+        let claim = host.claim_export(&socket_vm);
         spawner.spawn(async move {
             tokio::time::sleep(LATE).await;
-            match host.bind_export(&socket_vm) {
-                Ok(listener) => host.run_export(listener, from, &destination, path),
+            match host.bind_claimed(&socket_vm, claim) {
+                Ok(Some(listener)) => host.run_export(listener, from, &destination, path),
+                Ok(None) => {}
                 Err(error) => tracing::error!(error = format!("{error:#}"), "no export proxy"),
             }
         });
     } else {
+        host.claim_export(&socket_vm);
         let listener = host.bind_export(&socket_vm).map_err(|e| Error::Internal(format!("{e:#}")))?;
         host.run_export(listener, from, &destination, path);
     }
