@@ -21,6 +21,7 @@ pub mod host;
 pub mod nbd;
 pub mod plan;
 pub mod report;
+pub mod scenario;
 pub mod script;
 pub mod smapiv2;
 pub mod sxm;

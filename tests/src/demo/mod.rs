@@ -8,9 +8,11 @@
 //! The file system is different at every step. Each state of it is made offline as a raw image; what differs from the state
 //! before is written through NBD to the active disk. Behind the file system lies a region for the guest's records.
 
+mod bars;
 mod files;
 mod filesystem;
 mod history;
 
+pub use bars::bars;
 pub use filesystem::{Files, Filesystem, check};
 pub use history::{DISK, GUEST_REGION, History, SNAPSHOTS};

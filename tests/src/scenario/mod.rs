@@ -1,0 +1,123 @@
+//! A whole run: two hosts, a VM whose disks get a history, guests that write, a migration, and the judgement of it.
+//!
+//! ```text
+//! Stage (hosts, SRs) ── Subject played on a VM ── guests write ── sxm::migrate ── what was left ── Report
+//!                                                                    │ suspend: guests drain
+//!                                                                    └ resume:  judged, then guests go on
+//! ```
+//!
+//! Source and destination are held against each other while both are there: after the switch, before the guests go on, and
+//! before the source's volumes are destroyed. The time that takes is not counted as downtime.
+
+mod aftermath;
+mod machine;
+mod stage;
+mod subject;
+mod summary;
+mod verdict;
+mod witness;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+pub use machine::OnXapi;
+pub use stage::Stage;
+pub use subject::Subject;
+pub use verdict::Judged;
+pub use witness::Witness;
+
+use crate::report::Report;
+use crate::script::{CallLog, CallRecord};
+use crate::sxm::{self, Event, Flow, Migration};
+
+/// How many calls are told of a run that failed.
+const CALLS_TOLD: usize = 12;
+
+/// Told what happens and the name of the volume that it happens to, to show it.
+pub type Show = Arc<dyn Fn(&Event, &str) + Send + Sync>;
+
+/// How to run.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The directory of the two executables.
+    pub binaries: PathBuf,
+    /// The flow.
+    pub flow: Flow,
+    /// Whether source and destination are one host.
+    pub one_host: bool,
+    /// How often the flow asks how far a mirror is; xapi's own pace if not given.
+    pub poll: Option<Duration>,
+}
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The report.
+    pub report: Report,
+    /// Source and destination as they were at the switch, drawn side by side; nothing if it never came to it.
+    pub drawing: String,
+    /// If not everything holds, the last script calls: host, request, answer and time of each.
+    pub calls: Vec<String>,
+}
+
+/// Runs a subject from its first write to the last check. That something does not hold is in the report.
+///
+/// # Errors
+/// If there was nothing to migrate: hosts, SRs, VM or its history could not be made.
+pub async fn run(subject: Subject, settings: &Settings, show: Show) -> Result<Outcome> {
+    let stage = Stage::build(&settings.binaries, settings.one_host).await?;
+    let outcome = on(&stage, subject, settings, show).await;
+    stage.close().await;
+    outcome
+}
+
+async fn on(stage: &Stage, subject: Subject, settings: &Settings, show: Show) -> Result<Outcome> {
+    let mut report = Report { flow: settings.flow.name().to_owned(), ..Report::default() };
+    let began = Instant::now();
+    show(&Event::Phase("history"), "");
+    let vm = stage.xapi.vm_create("vm", &stage.source, &stage.source_sr, &subject.sizes()).await?;
+    let halted = subject.halted();
+    let mut machine = OnXapi::new(&stage.xapi, vm, halted);
+    subject.play(&mut machine, &show).await.context("the VM's history could not be made")?;
+    let disks = if halted {
+        machine.halt().await?;
+        Vec::new()
+    } else {
+        machine.running().await?
+    };
+    report.seconds.add("history", began.elapsed().as_secs_f64());
+
+    let witness = Witness::new(stage, vm, subject, settings.flow, show)?;
+    witness.start_guests(&disks).await?;
+    let mut migration = Migration::new(vm, &stage.destination, &stage.destination_sr, settings.flow);
+    if let Some(poll) = settings.poll {
+        migration.poll = poll;
+    }
+    let mut drawing = String::new();
+    match sxm::migrate(&stage.xapi, &migration, &witness).await {
+        Ok(migrated) => drawing = aftermath::of_success(stage, &witness, vm, &migrated, &mut report).await?,
+        Err(failed) => aftermath::of_failure(stage, &witness, vm, *failed, &mut report).await?,
+    }
+    report.guests = witness.accounts();
+    report.ok = report.problems.is_empty() && report.properties.all();
+    let calls = if report.ok { Vec::new() } else { last_calls(&stage.log) };
+    Ok(Outcome { report, drawing, calls })
+}
+
+fn last_calls(log: &CallLog) -> Vec<String> {
+    let calls = log.calls();
+    let tell = |call: &CallRecord| {
+        let (host, began, request) = (&call.host, call.started.as_secs_f64(), &call.request);
+        let answer = match &call.answer {
+            None => "no answer yet".to_owned(),
+            Some(Ok(answer)) => format!("{answer:?}"),
+            Some(Err(failure)) => format!("{failure:?}"),
+        };
+        let took = call.ended.map_or(0.0, |ended| (ended - call.started).as_secs_f64());
+        format!("{began:8.3} s  {host} {} {request}\n            {took:.3} s: {answer}", call.method)
+    };
+    calls[calls.len().saturating_sub(CALLS_TOLD)..].iter().map(tell).collect()
+}

@@ -1,0 +1,108 @@
+//! Two hosts, or one, each with an SR of its own, in a directory that goes with them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::db::Xapi;
+use crate::host::{Host, PluginSource};
+use crate::script::CallLog;
+use crate::smapiv2::Sr;
+
+const DBG: &str = "OpaqueRef:stage";
+/// The SR type of the volume plugin.
+const KIND: &str = "qcow2";
+
+/// Where a migration takes place.
+#[derive(Debug)]
+pub struct Stage {
+    /// The database.
+    pub xapi: Xapi,
+    /// The source host.
+    pub source: Arc<Host>,
+    /// The destination host, perhaps the same.
+    pub destination: Arc<Host>,
+    /// The SR of the source.
+    pub source_sr: Sr,
+    /// The SR of the destination.
+    pub destination_sr: Sr,
+    /// The directory of the source's SR.
+    pub source_path: PathBuf,
+    /// The directory of the destination's SR.
+    pub destination_path: PathBuf,
+    /// Every script call of both hosts.
+    pub log: CallLog,
+    _directory: TempDir,
+}
+
+impl Stage {
+    /// Starts the hosts and makes and attaches their SRs.
+    ///
+    /// # Errors
+    /// If a plugin refuses.
+    pub async fn build(binaries: &Path, one_host: bool) -> Result<Self> {
+        // Directly below /tmp: the path of a socket has at most 107 bytes.
+        let directory = tempfile::Builder::new().prefix("fx-").tempdir_in("/tmp").context("no directory in /tmp")?;
+        let log = CallLog::default();
+        let plugins = PluginSource::Binaries(binaries.to_owned());
+        let source = Host::start("a", &directory.path().join("a"), &plugins, &log).await.context("host a")?;
+        let destination = if one_host {
+            Arc::clone(&source)
+        } else {
+            Host::start("b", &directory.path().join("b"), &plugins, &log).await.context("host b")?
+        };
+        let (source_path, destination_path) = (directory.path().join("sr-a"), directory.path().join("sr-b"));
+        let source_sr = make_sr(&source, &source_path, "source").await?;
+        let destination_sr = make_sr(&destination, &destination_path, "destination").await?;
+        Ok(Self {
+            xapi: Xapi::default(),
+            source,
+            destination,
+            source_sr,
+            destination_sr,
+            source_path,
+            destination_path,
+            log,
+            _directory: directory,
+        })
+    }
+
+    /// Waits until nothing of a host's plugins runs or lies about any more; what still does is added to the problems.
+    pub async fn settled(&self, host: &Host, patience: Duration, problems: &mut Vec<String>) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = host.leftovers();
+            if left.is_empty() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                problems.push(format!("left on host {}: {left:?}", host.name()));
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Detaches the SRs and stops the hosts.
+    pub async fn close(self) {
+        for (host, sr) in [(&self.source, &self.source_sr), (&self.destination, &self.destination_sr)] {
+            if let Err(error) = host.sr_detach(DBG, sr).await {
+                tracing::warn!(%error, %sr, "the SR stays attached");
+            }
+            host.close();
+        }
+    }
+}
+
+async fn make_sr(host: &Host, path: &Path, name: &str) -> Result<Sr> {
+    std::fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let sr = Sr(Uuid::new_v4().to_string());
+    let config = [("uri".to_owned(), format!("file://{}", path.display()))];
+    let config = host.sr_create(DBG, KIND, &sr, &config, name, "").await.context("SR.create")?;
+    host.sr_attach(DBG, KIND, &sr, &config).await.context("SR.attach")?;
+    Ok(sr)
+}
