@@ -1,0 +1,74 @@
+//! Plans that were chosen because each asks for something that random ones may miss.
+
+use fake_xapi::plan::Plan;
+use fake_xapi::scenario::{Outcome, Subject};
+use fake_xapi::sxm::Flow;
+
+use crate::{FLOWS, migrate, wrong};
+
+async fn outcome(json: &str, flow: Flow, one_host: bool) -> Outcome {
+    let outcome = migrate(Subject::of(Plan::parse(json.as_bytes()).unwrap()).unwrap(), flow, one_host).await;
+    assert_eq!(wrong(&outcome.report), None, "\n{outcome}");
+    outcome
+}
+
+/// Two snapshots on a branch each, the second of them with data zeroed and discarded.
+const BRANCHES: &str = r#""steps": [
+    {"write": {"offset": 0, "length": 1048576, "seed": 1}}, {"snapshot": "a"},
+    {"write": {"offset": 524288, "length": 524288, "seed": 2}}, {"snapshot": "b"},
+    {"revert": "a"}, {"zero": {"offset": 0, "length": 131072}},
+    {"discard": {"offset": 262144, "length": 131072}}, {"snapshot": "c"},
+    {"write": {"offset": 2097152, "length": 65536, "seed": 3}}]"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_without_snapshots_migrates() {
+    for flow in FLOWS {
+        outcome(
+            r#"{"size": 4194304, "steps": [{"write": {"offset": 4096, "length": 5000, "seed": 1}}]}"#,
+            flow,
+            false,
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_acknowledged_write_of_a_guest_that_never_waits_is_at_the_destination() {
+    for flow in FLOWS {
+        let plan = format!(r#"{{"size": 67108864, "guest": {{}}, {BRANCHES}}}"#);
+        let outcome = outcome(&plan, flow, false).await;
+        assert!(outcome.report.guests[0].acknowledged > 1000, "\n{outcome}");
+        assert_eq!(outcome.report.guests[0].failed, 0, "\n{outcome}");
+        assert!(outcome.report.guests[0].latency.max_seconds < 5.0, "\n{outcome}");
+        assert!(outcome.report.downtime_seconds.is_some());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_halted_vm_migrates() {
+    for flow in FLOWS {
+        let outcome = outcome(&format!(r#"{{"size": 4194304, "halted": true, {BRANCHES}}}"#), flow, false).await;
+        assert_eq!(outcome.report.downtime_seconds, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_migrates_between_two_srs_of_one_host() {
+    for flow in FLOWS {
+        let plan = format!(r#"{{"size": 4194304, "guest": {{"writes_per_second": 200}}, {BRANCHES}}}"#);
+        outcome(&plan, flow, true).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disks_of_several_sizes_migrate_together() {
+    for flow in FLOWS {
+        let plan = r#"{"disks": [1048576, 5000192, 16777216], "guest": {"writes_per_second": 200}, "steps": [
+            {"disk": 1, "write": {"offset": 0, "length": 70000, "seed": 1}}, {"snapshot": "a"},
+            {"disk": 0, "resize": 2097152}, {"disk": 2, "zero": {"offset": 0, "length": 1048576}},
+            {"disk": 0, "write": {"offset": 1572864, "length": 65536, "seed": 2}}, {"snapshot": "b"},
+            {"disk": 2, "write": {"offset": 1000, "length": 10, "seed": 3}}]}"#;
+        let outcome = outcome(plan, flow, false).await;
+        assert_eq!(outcome.report.nodes.len(), 9);
+    }
+}

@@ -1,0 +1,35 @@
+//! Whole migrations by every flow: the worked example, chosen plans and random ones, each judged by its report.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../strategy/mod.rs"]
+mod strategy;
+
+mod chosen;
+mod example;
+mod random;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fake_xapi::report::Report;
+use fake_xapi::scenario::{Outcome, Settings, Subject, run};
+use fake_xapi::sxm::Flow;
+
+const FLOWS: [Flow; 3] = [Flow::Leaf, Flow::Tree, Flow::Base];
+
+/// The executables are built beside fake-xapi itself.
+fn binaries() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().unwrap().to_owned()
+}
+
+async fn migrate(subject: Subject, flow: Flow, one_host: bool) -> Outcome {
+    let settings = Settings { binaries: binaries(), flow, one_host, poll: Some(Duration::from_millis(20)) };
+    run(subject, &settings, Arc::new(|_, _| {})).await.unwrap()
+}
+
+/// What a report says if not everything holds.
+fn wrong(report: &Report) -> Option<String> {
+    (!report.ok).then(|| report.to_json().unwrap())
+}
