@@ -1,3 +1,31 @@
-//! The executable.
+//! The SMAPIv3 datapath plugin `qsd`: how a guest, or a migration, reaches the data of a volume.
+//!
+//! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
+//! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`].
 
-fn main() {}
+mod about;
+mod path;
+
+use std::process::ExitCode;
+
+use plugin::smapi::{self, Method, typed};
+
+/// What this plugin answers.
+const METHODS: &[Method] = &[
+    Method { name: "Plugin.Query", call: |host, request| typed(host, request, about::query::execute) },
+    Method { name: "Plugin.diagnostics", call: |host, request| typed(host, request, about::diagnostics::execute) },
+    Method { name: "Datapath.open", call: |host, request| typed(host, request, path::open::execute) },
+    Method { name: "Datapath.attach", call: |host, request| typed(host, request, path::attach::execute) },
+    Method { name: "Datapath.activate", call: |host, request| typed(host, request, path::activate::execute) },
+    Method {
+        name: "Datapath.activate_readonly",
+        call: |host, request| typed(host, request, path::activate_readonly::execute),
+    },
+    Method { name: "Datapath.deactivate", call: |host, request| typed(host, request, path::deactivate::execute) },
+    Method { name: "Datapath.detach", call: |host, request| typed(host, request, path::detach::execute) },
+    Method { name: "Datapath.close", call: |host, request| typed(host, request, path::close::execute) },
+];
+
+fn main() -> ExitCode {
+    smapi::main(METHODS)
+}

@@ -18,6 +18,7 @@
 //! host's runtime directory ([`host`]). Whatever is killed at any point, the next call finds a state that it
 //! can finish or undo.
 
+pub mod activation;
 pub mod attachment;
 pub mod error;
 pub mod host;

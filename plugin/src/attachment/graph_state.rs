@@ -17,12 +17,7 @@ impl Attachment {
         let Some(Open { phase: Phase::Opening | Phase::Closing | Phase::Exporting, .. }) = self.state.open else {
             return;
         };
-        // In a thread, because the caller may be inside a runtime of its own.
-        let settled = std::thread::scope(|scope| {
-            let settling = scope.spawn(|| qemu::block_on(self.settle_graph()));
-            settling.join().unwrap_or_else(|_| Err(Error::Internal("finishing a killed call panicked".to_owned())))
-        });
-        if let Err(error) = settled {
+        if let Err(error) = qemu::block_on(self.settle_graph()) {
             tracing::warn!(error = error.chain(), "what a killed call left could not be finished");
             self.trouble = Some(error);
         }
@@ -32,7 +27,7 @@ impl Attachment {
         let client = self.client().await?;
         match self.state.open.as_ref().map(|open| open.phase) {
             Some(Phase::Opening) => {
-                graph::close(&client, &self.export_name()).await?;
+                graph::close(&client).await?;
                 self.state.open = None;
                 self.save()
             }
@@ -60,10 +55,10 @@ impl Attachment {
         self.save()?;
         let name = self.export_name();
         // A call that was killed before its record was written may have left nodes.
-        graph::close(client, &name).await?;
+        graph::close(client).await?;
         let export = Export { name: &name, mode, description: None };
         if let Err(first) = graph::open(client, images, &export).await {
-            return match graph::close(client, &name).await {
+            return match graph::close(client).await {
                 Ok(()) => {
                     self.state.open = None;
                     self.save()?;
@@ -80,16 +75,15 @@ impl Attachment {
     /// A flush that fails is kept for every active domain that writes, and returned, but everything is closed all
     /// the same: nothing can be won by keeping it open.
     pub(super) async fn close_graph(&mut self, client: &Client) -> Result<()> {
-        let name = self.export_name();
         self.learn_top(client).await?;
-        let Some(open) = self.state.open.clone() else { return graph::close(client, &name).await };
+        let Some(open) = self.state.open.clone() else { return graph::close(client).await };
         self.set_phase(Phase::Closing)?;
-        graph::remove_export(client, &name, true).await?;
+        graph::remove_export(client, true).await?;
         let flushed = match open.mode {
             Mode::ReadWrite => self.flush(client, &open).await,
             Mode::ReadOnly => Ok(()),
         };
-        graph::close(client, &name).await?;
+        graph::close(client).await?;
         self.state.open = None;
         self.save()?;
         flushed
@@ -98,11 +92,10 @@ impl Attachment {
     /// Makes a writable graph read-only for the domains that stay, once what was written is flushed. A client that
     /// is connected keeps it writable: the flush is then left to its end.
     pub(super) async fn downgrade_graph(&mut self, client: &Client) -> Result<()> {
-        let name = self.export_name();
         self.learn_top(client).await?;
         let Some(mut open) = self.state.open.clone() else { return Ok(()) };
         self.set_phase(Phase::Exporting)?;
-        match graph::remove_export(client, &name, false).await {
+        match graph::remove_export(client, false).await {
             Ok(()) => {}
             Err(Error::Qmp { .. }) => return self.set_phase(Phase::Open),
             Err(error) => return Err(error),
@@ -135,7 +128,7 @@ impl Attachment {
         let name = self.export_name();
         if let Some(open) = &self.state.open
             && let Some(top) = open.nodes.first()
-            && graph::exported(client, &name).await?.is_none()
+            && graph::exported(client).await?.is_none()
         {
             graph::add_export(client, *top, &Export { name: &name, mode: open.mode, description: None }).await?;
         }

@@ -70,7 +70,7 @@ impl Attachment {
             return in_use(&name, "it is open read-only");
         }
         self.set_phase(Phase::Exporting)?;
-        match graph::remove_export(&client, &name, false).await {
+        match graph::remove_export(&client, false).await {
             Ok(()) => {}
             Err(Error::Qmp { .. }) => {
                 self.set_phase(Phase::Open)?;

@@ -101,6 +101,28 @@ impl Attachment {
         Ok(names.filter_map(|name| name.parse().ok()).collect())
     }
 
+    /// Describes a volume's state for people, without its lock: a call that hangs does not keep it from being seen.
+    ///
+    /// # Errors
+    ///
+    /// When the record cannot be read.
+    pub fn describe(host: &Host, volume: VolumeKey) -> Result<String> {
+        let directory = host.volume_dir(volume);
+        let Some(state) = record::read_if_present::<State>(&directory.join("state.json"))? else {
+            return Ok("no record".to_owned());
+        };
+        let daemon = match &state.daemon {
+            Some(process) if daemon::is_running(host, &directory, process) => format!("daemon {}", process.pid),
+            Some(process) => format!("daemon {} is gone", process.pid),
+            None => "no daemon".to_owned(),
+        };
+        let open = state.open.map_or_else(|| "closed".to_owned(), |open| format!("{:?} {:?}", open.phase, open.mode));
+        let domains: Vec<String> =
+            state.domains.iter().map(|(domain, usage)| format!("{domain} {usage:?}")).collect();
+        let clients = clients::count(&Sockets::of(&directory).nbd())?;
+        Ok(format!("{daemon}, {open}, {clients} clients, domains: {}", domains.join(", ")))
+    }
+
     /// Reads the record behind a lock that was taken; without one, makes it for `uri` or, without that, gives `None`.
     fn read(
         host: &Host,
@@ -178,7 +200,7 @@ impl Attachment {
 
     /// Finds the node that the export reads among those known to be open.
     async fn exported_top(&self, client: &Client) -> Result<Option<NodeId>> {
-        let Some(name) = graph::exported(client, &self.export_name()).await? else { return Ok(None) };
+        let Some(name) = graph::exported(client).await? else { return Ok(None) };
         let known = self.state.open.iter().flat_map(|open| open.overlay.iter().chain(&open.nodes));
         let node = known.copied().find(|node| graph::node_name(*node) == name);
         node.map(Some).ok_or_else(|| Error::Internal(format!("the storage daemon exports the unknown node {name}")))

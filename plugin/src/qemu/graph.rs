@@ -37,6 +37,9 @@ const CLIENT_GRACE: Duration = Duration::from_secs(1);
 /// How often something is looked at that no event tells of.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// The id of the one export of a daemon. QEMU's ids begin with a letter, so the volume's uuid would not do.
+const EXPORT: &str = "volume";
+
 /// Names the qcow2 node of a node: at most 31 characters, as QEMU demands.
 pub fn node_name(node: NodeId) -> String {
     format!("q{}", &node.uuid().as_simple().to_string()[..30])
@@ -56,7 +59,7 @@ fn is_ours(name: &str) -> bool {
 /// How a chain's top is exported over NBD.
 #[derive(Clone, Copy, Debug)]
 pub struct Export<'a> {
-    /// The export's name, which is also its id: the volume's uuid.
+    /// The export's name: the volume's uuid.
     pub name: &'a str,
     /// Whether clients may write.
     pub mode: Mode,
@@ -87,7 +90,7 @@ pub async fn open(client: &Client, images: &[Image], export: &Export<'_>) -> Res
 /// When it cannot be exported.
 pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> Result<()> {
     let mut arguments = json!({
-        "type": "nbd", "id": export.name, "name": export.name, "node-name": node_name(node),
+        "type": "nbd", "id": EXPORT, "name": export.name, "node-name": node_name(node),
         "writable": export.mode == Mode::ReadWrite,
     });
     if let Some(description) = export.description {
@@ -102,46 +105,46 @@ pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> R
 /// # Errors
 ///
 /// [`Error::Qmp`] when a client stays and may not be cut off; [`Error::Timeout`] when the export does not go.
-pub async fn remove_export(client: &Client, name: &str, force: bool) -> Result<()> {
+pub async fn remove_export(client: &Client, force: bool) -> Result<()> {
     let deadline = Instant::now() + CLIENT_GRACE;
     loop {
-        if exported(client, name).await?.is_none() {
+        if exported(client).await?.is_none() {
             return Ok(());
         }
         // "safe" is refused while a client is connected.
-        match client.execute("block-export-del", json!({"id": name, "mode": "safe"})).await {
+        match client.execute("block-export-del", json!({"id": EXPORT, "mode": "safe"})).await {
             Ok(_) => break,
             Err(Error::Qmp { .. }) if Instant::now() < deadline => sleep(LOOK).await,
             Err(Error::Qmp { .. }) if force => {
-                client.execute("block-export-del", json!({"id": name, "mode": "hard"})).await?;
+                client.execute("block-export-del", json!({"id": EXPORT, "mode": "hard"})).await?;
                 break;
             }
             Err(error) => return Err(error),
         }
     }
-    gone(client, name).await
+    gone(client).await
 }
 
 /// Waits until an export that is being removed is gone: its requests are then completed.
-async fn gone(client: &Client, name: &str) -> Result<()> {
+async fn gone(client: &Client) -> Result<()> {
     let patience = client.patience();
     let wait = async {
-        while exported(client, name).await?.is_some() {
+        while exported(client).await?.is_some() {
             sleep(LOOK).await;
         }
         Ok(())
     };
     timeout_at(Instant::now() + patience, wait).await.unwrap_or_else(|_| {
-        Err(Error::Timeout { doing: format!("removing the export {name}"), seconds: patience.as_secs() })
+        Err(Error::Timeout { doing: "removing the export".to_owned(), seconds: patience.as_secs() })
     })
 }
 
-/// Gives the name of the node that an export reads; `None` when there is no such export.
+/// Gives the name of the node that the export reads; `None` when there is no export.
 ///
 /// # Errors
 ///
 /// When the daemon does not answer.
-pub async fn exported(client: &Client, name: &str) -> Result<Option<String>> {
+pub async fn exported(client: &Client) -> Result<Option<String>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct BlockExport {
@@ -149,7 +152,7 @@ pub async fn exported(client: &Client, name: &str) -> Result<Option<String>> {
         node_name: String,
     }
     let exports: Vec<BlockExport> = decode("query-block-exports", client.execute("query-block-exports", ()).await?)?;
-    Ok(exports.into_iter().find(|export| export.id == name).map(|export| export.node_name))
+    Ok(exports.into_iter().find(|export| export.id == EXPORT).map(|export| export.node_name))
 }
 
 /// Lists the names of the nodes of chains, the last one added first.
@@ -169,8 +172,8 @@ async fn nodes(client: &Client) -> Result<Vec<String>> {
 /// # Errors
 ///
 /// When something cannot be removed.
-pub async fn close(client: &Client, export: &str) -> Result<()> {
-    remove_export(client, export, true).await?;
+pub async fn close(client: &Client) -> Result<()> {
+    remove_export(client, true).await?;
     let mut left = nodes(client).await?;
     while !left.is_empty() {
         // A node that another uses is refused; it is free after the other. Newest first is nearly always right.

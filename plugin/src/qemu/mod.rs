@@ -51,17 +51,27 @@ impl Image {
     }
 }
 
-/// Runs what needs QEMU, on a runtime of one thread that ends with it.
+/// Runs what needs QEMU, on a runtime of one thread that ends with it. Called from within a runtime, which then waits,
+/// it runs in a thread of its own.
 ///
 /// # Errors
 ///
 /// Those of the future; else the runtime could not be made.
-pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("starting the runtime", error))?;
-    runtime.block_on(future)
+pub fn block_on<T: Send>(future: impl Future<Output = Result<T>> + Send) -> Result<T> {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::io("starting the runtime", error))?;
+        runtime.block_on(future)
+    };
+    if tokio::runtime::Handle::try_current().is_err() {
+        return run();
+    }
+    std::thread::scope(|scope| match scope.spawn(run).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }
 
 /// Describes a chain, top first, to QEMU's tools: one name that needs no header to be followed.

@@ -1,0 +1,20 @@
+//! Datapath.activate: opens a volume for a domain to read and write.
+
+use plugin::error::Result;
+use plugin::host::Host;
+use plugin::store::Mode;
+use plugin::{activation, mirror};
+
+pub use super::Parameters;
+
+/// Opens the volume's chain in its daemon and exports it writable: clients are served when this returns. Attaches the
+/// domain where that was not done.
+///
+/// # Errors
+///
+/// See [`activation::activate`].
+pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
+    let Parameters { uri, domain } = parameters;
+    mirror::source_activated(host, uri.volume)?;
+    activation::activate(host, uri, &domain, Mode::ReadWrite)
+}

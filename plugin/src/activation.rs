@@ -1,0 +1,187 @@
+//! Attaching and activating a volume: this host's side of it together with the SR's, where other hosts see it.
+//!
+//! A volume's record in its tree says which hosts have it active. It is written before anything is opened and taken
+//! back after everything is closed, so that it may claim too much and never too little:
+//!
+//! ```text
+//!   tree lock ─► attachment lock ─► claim in tree.json ─► graph opened, exported       activate
+//!   tree lock ─► attachment lock ─► graph closed, flushed ─► claim taken back          deactivate
+//! ```
+//!
+//! One host may write while no other has any claim; several may read while none writes. A claim of this host from an
+//! earlier boot, or without an open graph behind it, is worth nothing. A claim of another host always stands: whether
+//! that host lives cannot be known from here.
+//!
+//! Nothing that others lie on is written to: a volume whose node has children moves to a new overlay first.
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use crate::attachment::Attachment;
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::id::{Domain, VolumeKey, VolumeUri};
+use crate::qemu::block_on;
+use crate::store::{Activation, LockedTree, Mode, Sr, Tree};
+
+/// Attaches a domain to a volume and gives the socket at which its export will be.
+///
+/// # Errors
+///
+/// [`Error::SrNotAttached`], [`Error::VolumeDoesNotExist`]; else the volume's daemon does not start.
+pub fn attach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<PathBuf> {
+    // Held so that the volume is not destroyed meanwhile.
+    let _tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
+    let mut attachment = Attachment::lock(host, uri)?;
+    block_on(attachment.attach(domain))?;
+    Ok(attachment.sockets().nbd())
+}
+
+/// Activates a domain: the volume is then open and exported on this host.
+///
+/// # Errors
+///
+/// [`Error::ActivatedOnAnotherHost`] when another host's claim forbids it; [`Error::VolumeInUse`] when a client that
+/// reads on this host does; else the volume cannot be opened.
+pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Result<()> {
+    let mut tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
+    let mut attachment = Attachment::lock(host, uri)?;
+    let this = host.uuid()?;
+    refuse_for_others(&tree.tree, uri.volume, this, mode)?;
+    let open = attachment.open_mode();
+    if mode == Mode::ReadWrite && open != Some(Mode::ReadWrite) {
+        tree.make_writable(uri.volume)?;
+    }
+    let claim = Activation { host: this, boot_id: host.boot_id()?, mode: mode.max(open.unwrap_or(mode)) };
+    set_claim(&mut tree, uri.volume, this, Some(claim))?;
+    let images = tree.chain_images(uri.volume);
+    let activated = images.and_then(|images| block_on(attachment.activate(domain, mode, &images)));
+    let claimed = follow(&mut tree, uri.volume, host, &attachment);
+    match (activated, claimed) {
+        (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+        (activated, claimed) => activated.and(claimed),
+    }
+}
+
+/// Deactivates a domain; whatever is not there is deactivated already: the domain, the volume, its SR.
+///
+/// # Errors
+///
+/// When what was written could not be flushed, or the daemon does not answer; see [`Attachment::deactivate`].
+pub fn deactivate(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
+    with_attachment(host, uri, |attachment| block_on(attachment.deactivate(domain)))
+}
+
+/// Detaches a domain, active or not; whatever is not there is detached already.
+///
+/// # Errors
+///
+/// Only when the daemon's process does not end, or a lock is held by another for too long.
+pub fn detach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
+    with_attachment(host, uri, |attachment| block_on(attachment.detach(domain)))
+}
+
+/// Deactivates and detaches a domain: nothing of it stays, and the second is done even when the first fails.
+///
+/// # Errors
+///
+/// As [`deactivate`] and [`detach`], the first that fails.
+pub fn release(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
+    let deactivated = deactivate(host, uri, domain);
+    deactivated.and(detach(host, uri, domain))
+}
+
+/// Closes something of a volume, and then takes back what of this host's claim has no open graph behind it.
+fn with_attachment(host: &Host, uri: VolumeUri, close: impl FnOnce(&mut Attachment) -> Result<()>) -> Result<()> {
+    let tree = Sr::attached(host, uri.sr).and_then(|sr| sr.lock(host, uri.volume));
+    let mut tree = match tree {
+        Ok(tree) => Some(tree),
+        Err(Error::SrNotAttached(_) | Error::VolumeDoesNotExist(_)) => None,
+        Err(error) => return Err(error),
+    };
+    let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)? else {
+        return match &mut tree {
+            Some(tree) => set_claim(tree, uri.volume, host.uuid()?, None),
+            None => Ok(()),
+        };
+    };
+    let closed = close(&mut attachment);
+    let claimed = match &mut tree {
+        Some(tree) => follow(tree, uri.volume, host, &attachment),
+        None => Ok(()),
+    };
+    closed.and(claimed)
+}
+
+/// Refuses a mode that another host's claim forbids.
+fn refuse_for_others(tree: &Tree, volume: VolumeKey, this: Uuid, mode: Mode) -> Result<()> {
+    let mut others = tree.volume(volume)?.active.iter().filter(|claim| claim.host != this);
+    match others.find(|claim| claim.mode.max(mode) == Mode::ReadWrite) {
+        Some(claim) => Err(Error::ActivatedOnAnotherHost { volume: volume.to_string(), host: claim.host }),
+        None => Ok(()),
+    }
+}
+
+/// Makes this host's claim say what is open on it.
+fn follow(tree: &mut LockedTree, volume: VolumeKey, host: &Host, attachment: &Attachment) -> Result<()> {
+    let this = host.uuid()?;
+    let boot_id = host.boot_id()?;
+    let claim = attachment.open_mode().map(|mode| Activation { host: this, boot_id, mode });
+    set_claim(tree, volume, this, claim)
+}
+
+/// Replaces this host's claim on a volume; one that stands already is not written again.
+fn set_claim(tree: &mut LockedTree, volume: VolumeKey, this: Uuid, claim: Option<Activation>) -> Result<()> {
+    let current = tree.volume(volume)?.active.iter().find(|active| active.host == this).copied();
+    if current == claim {
+        return Ok(());
+    }
+    let mut after = tree.tree.clone();
+    let active = &mut after.volume_mut(volume)?.active;
+    active.retain(|active| active.host != this);
+    active.extend(claim);
+    tree.commit(after)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::NodeId;
+    use crate::smapi::Keys;
+    use crate::store::Volume;
+
+    fn tree_with(claims: &[(Uuid, Mode)]) -> (Tree, VolumeKey) {
+        let key = VolumeKey::random();
+        let active = claims.iter().map(|(host, mode)| Activation { host: *host, boot_id: Uuid::nil(), mode: *mode });
+        let volume = Volume {
+            node: NodeId::random(),
+            name: String::new(),
+            description: String::new(),
+            read_write: true,
+            sharable: false,
+            cbt_enabled: false,
+            keys: Keys::new(),
+            active: active.collect(),
+        };
+        (Tree::of_one(key, volume, 1 << 20), key)
+    }
+
+    #[test]
+    fn many_hosts_may_read_or_one_may_write() {
+        let (this, other) = (Uuid::new_v4(), Uuid::new_v4());
+        for (theirs, ours, allowed) in [
+            (Mode::ReadOnly, Mode::ReadOnly, true),
+            (Mode::ReadOnly, Mode::ReadWrite, false),
+            (Mode::ReadWrite, Mode::ReadOnly, false),
+            (Mode::ReadWrite, Mode::ReadWrite, false),
+        ] {
+            let (tree, key) = tree_with(&[(this, Mode::ReadWrite), (other, theirs)]);
+            match refuse_for_others(&tree, key, this, ours) {
+                Ok(()) => assert!(allowed, "{theirs:?} {ours:?}"),
+                Err(Error::ActivatedOnAnotherHost { host, .. }) => assert!(!allowed && host == other),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
