@@ -189,3 +189,101 @@ fn check_extensions(bytes: &[u8], header_length: u64) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::qemu::img;
+
+    /// Makes an overlay named `top` on a name `base`, and gives its bytes.
+    fn overlay(directory: &Path) -> (std::path::PathBuf, Vec<u8>) {
+        let path = directory.join("top.qcow2");
+        img::create_overlay(&path, "base.qcow2", 1 << 20).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        (path, bytes)
+    }
+
+    /// Reads the header after bytes were put at an offset of a sound file.
+    fn changed(offset: usize, patch: &[u8]) -> Result<Header> {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut bytes) = overlay(directory.path());
+        bytes[offset..offset + patch.len()].copy_from_slice(patch);
+        fs::write(&path, bytes).unwrap();
+        Header::read(&path)
+    }
+
+    #[test]
+    fn what_qemu_img_makes_is_read_as_it_was_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _) = overlay(directory.path());
+        let header = Header::read(&path).unwrap();
+        assert_eq!(header, Header { virtual_size: 1 << 20, backing: Some(b"base.qcow2".to_vec()) });
+        assert_eq!(header.check_backing(Some("base.qcow2")), Ok(()));
+        for other in [None, Some("base.qcow"), Some("other.qcow2")] {
+            assert!(header.check_backing(other).unwrap_err().contains("base.qcow2"));
+        }
+        let root = directory.path().join("root.qcow2");
+        img::create(&root, 1 << 20).unwrap();
+        assert_eq!(Header::read(&root).unwrap().check_backing(None), Ok(()));
+    }
+
+    #[test]
+    fn what_cannot_be_trusted_is_refused() {
+        for (offset, patch, words) in [
+            (0, &b"QFI\xfa"[..], "not a qcow2 file"),
+            (4, &2_u32.to_be_bytes(), "version 2"),
+            (8, &u64::MAX.to_be_bytes(), "out of place"),
+            (16, &5000_u32.to_be_bytes(), "out of place"),
+            (20, &40_u32.to_be_bytes(), "cluster size"),
+            (32, &1_u32.to_be_bytes(), "encrypted"),
+            (60, &1_u32.to_be_bytes(), "internal snapshots"),
+            (72, &2_u64.to_be_bytes(), "corrupt"),
+            (72, &4_u64.to_be_bytes(), "another file"),
+            (72, &32_u64.to_be_bytes(), "unknown features"),
+        ] {
+            let error = changed(offset, patch).unwrap_err();
+            assert!(matches!(error, Error::Image { .. }) && error.to_string().contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_backing_format_other_than_qcow2_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, mut bytes) = overlay(directory.path());
+        let at = bytes.windows(4).position(|window| window == EXTENSION_BACKING_FORMAT.to_be_bytes()).unwrap();
+        bytes[at + 8..at + 13].copy_from_slice(b"raw\0\0");
+        fs::write(&path, bytes).unwrap();
+        assert!(Header::read(&path).unwrap_err().to_string().contains("backing file is not qcow2"));
+    }
+
+    #[test]
+    fn no_damage_makes_reading_fail_in_another_way() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, bytes) = overlay(directory.path());
+        for length in (0..200).chain([bytes.len()]) {
+            fs::write(&path, &bytes[..length]).unwrap();
+            assert!(matches!(Header::read(&path), Ok(_) | Err(Error::Image { .. })), "{length}");
+        }
+        for bit in 0..400 * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            fs::write(&path, damaged).unwrap();
+            assert!(matches!(Header::read(&path), Ok(_) | Err(Error::Image { .. })), "{bit}");
+        }
+    }
+
+    #[test]
+    fn only_a_plain_file_is_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, _) = overlay(directory.path());
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        for wrong in [&link, &pipe, &directory.path().to_path_buf(), &directory.path().join("none")] {
+            assert!(matches!(Header::read(wrong), Err(Error::Image { .. })), "{}", wrong.display());
+        }
+    }
+}

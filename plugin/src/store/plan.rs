@@ -168,3 +168,168 @@ pub fn destroyed(tree: &Tree, key: VolumeKey) -> Result<Option<Tree>> {
     }
     Ok(Some(after))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
+    use super::*;
+
+    /// One operation on whichever volume the index picks.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Snapshot,
+        Clone { moves: bool },
+        Overlay,
+        SwitchForward,
+        SwitchBack,
+        Resize,
+        Destroy,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => Just(Step::Snapshot),
+            2 => any::<bool>().prop_map(|moves| Step::Clone { moves }),
+            1 => Just(Step::Overlay),
+            1 => Just(Step::SwitchForward),
+            1 => Just(Step::SwitchBack),
+            1 => Just(Step::Resize),
+            3 => Just(Step::Destroy),
+        ]
+    }
+
+    fn one() -> Tree {
+        let volume = Volume {
+            node: NodeId::random(),
+            name: "n".to_owned(),
+            description: "d".to_owned(),
+            read_write: true,
+            sharable: false,
+            cbt_enabled: false,
+            keys: Keys::new(),
+            active: Vec::new(),
+        };
+        Tree::of_one(VolumeKey::random(), volume, 1 << 20)
+    }
+
+    /// Gives what a volume reads through.
+    fn chain(tree: &Tree, key: VolumeKey) -> Vec<NodeId> {
+        tree.chain(tree.volumes[&key].node)
+    }
+
+    fn carried_out(tree: &Tree, key: VolumeKey, step: &Step) -> Option<Tree> {
+        let new_snapshot = || snapshot(tree, key, VolumeKey::random(), NodeId::random()).unwrap();
+        Some(match step {
+            Step::Snapshot => applied(tree, &new_snapshot()),
+            Step::Clone { moves } => {
+                let moves_to = moves.then(NodeId::random);
+                applied(tree, &clone(tree, key, VolumeKey::random(), NodeId::random(), moves_to).unwrap())
+            }
+            Step::Overlay => applied(tree, &overlay(tree, key, NodeId::random(), None).unwrap()),
+            Step::SwitchForward => {
+                let begun = with_intent(tree, Intent::Switch(new_snapshot())).unwrap();
+                assert_eq!(begun.check(), Ok(()));
+                rolled_forward(&begun)
+            }
+            Step::SwitchBack => {
+                let begun = with_intent(tree, Intent::Switch(new_snapshot())).unwrap();
+                assert_eq!(rolled_back(&begun), *tree);
+                rolled_back(&begun)
+            }
+            Step::Resize => {
+                let node = tree.volumes[&key].node;
+                let virtual_size = tree.nodes[&node].virtual_size + SIZE_UNIT;
+                rolled_forward(&with_intent(tree, Intent::Resize { volume: key, node, virtual_size }).unwrap())
+            }
+            Step::Destroy => return destroyed(tree, key).unwrap(),
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_operation_leaves_a_wrong_tree_or_touches_what_other_volumes_read(
+            steps in prop::collection::vec((step(), any::<Index>()), 1..40)
+        ) {
+            let mut tree = one();
+            for (step, index) in steps {
+                let keys: Vec<VolumeKey> = tree.volumes.keys().copied().collect();
+                let key = *index.get(&keys);
+                let Some(after) = carried_out(&tree, key, &step) else {
+                    prop_assert_eq!(keys.len(), 1, "only the last volume takes the tree");
+                    break;
+                };
+                prop_assert_eq!(after.check(), Ok(()), "{:?}", step);
+                for other in keys.into_iter().filter(|other| *other != key) {
+                    prop_assert_eq!(chain(&after, other), chain(&tree, other), "{:?}", step);
+                }
+                if after.volumes.contains_key(&key) {
+                    let (before, now) = (chain(&tree, key), chain(&after, key));
+                    prop_assert!(now.ends_with(&before) && now.len() <= before.len() + 1, "{:?}", step);
+                }
+                for (new, volume) in after.volumes.iter().filter(|(new, _)| !tree.volumes.contains_key(new)) {
+                    prop_assert!(chain(&after, *new).ends_with(&chain(&tree, key)));
+                    prop_assert!(volume.active.is_empty());
+                }
+                let leaves = after.nodes.keys().filter(|id| !after.is_frozen(**id));
+                for leaf in leaves {
+                    prop_assert!(after.volumes.values().any(|volume| volume.node == *leaf), "{:?}", step);
+                }
+                tree = after;
+            }
+        }
+
+        #[test]
+        fn a_size_is_rounded_up_by_less_than_a_unit(asked in 1..=i128::from(MAX_VIRTUAL_SIZE)) {
+            let size = size(asked).unwrap();
+            prop_assert!(size.is_multiple_of(SIZE_UNIT));
+            prop_assert!((0..i128::from(SIZE_UNIT)).contains(&(i128::from(size) - asked)));
+        }
+
+        #[test]
+        fn a_record_reads_back_whatever_text_is_in_it(name in any::<String>(), k in any::<String>()) {
+            let mut tree = one();
+            for volume in tree.volumes.values_mut() {
+                volume.name.clone_from(&name);
+                volume.keys.insert(k.clone(), name.clone());
+            }
+            let text = serde_json::to_string(&tree).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Tree>(&text).unwrap(), tree);
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for asked in [0, -1, i128::from(MAX_VIRTUAL_SIZE) + 1, 1 << 63, 1 << 64] {
+            assert!(matches!(size(asked), Err(Error::InvalidSize(_))), "{asked}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_lies_between_its_volume_and_the_one_before() {
+        let tree = one();
+        let key = *tree.volumes.keys().next().unwrap();
+        let (first, second) = (VolumeKey::random(), VolumeKey::random());
+        let tree = applied(&tree, &snapshot(&tree, key, first, NodeId::random()).unwrap());
+        let tree = applied(&tree, &snapshot(&tree, key, second, NodeId::random()).unwrap());
+        let nodes = [key, second, first].map(|key| tree.volumes[&key].node);
+        assert_eq!(chain(&tree, key), nodes);
+    }
+
+    #[test]
+    fn a_node_that_an_unfinished_operation_lies_on_is_kept() {
+        let tree = one();
+        let key = *tree.volumes.keys().next().unwrap();
+        let other = VolumeKey::random();
+        let tree = applied(&tree, &clone(&tree, key, other, NodeId::random(), None).unwrap());
+        let begun = with_intent(
+            &tree,
+            Intent::Switch(snapshot(&tree, other, VolumeKey::random(), NodeId::random()).unwrap()),
+        )
+        .unwrap();
+        let after = destroyed(&begun, key).unwrap().unwrap();
+        assert_eq!(after.check(), Ok(()));
+        assert!(with_intent(&begun, begun.intent.clone().unwrap()).is_err());
+    }
+}

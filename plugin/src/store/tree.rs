@@ -264,18 +264,18 @@ impl Tree {
                 Some(_) => {}
             }
         }
-        // With every parent there, a node from which no root is reached is on a cycle or leads to one.
+        // A node is rooted when its parents lead to a root; every node is walked over once.
         let mut rooted: BTreeSet<NodeId> = BTreeSet::new();
         for id in self.nodes.keys() {
-            let chain: Vec<NodeId> = self.chain(*id).into_iter().take_while(|node| !rooted.contains(node)).collect();
-            let reached = chain.last().is_none_or(|last| {
-                let parent = self.nodes.get(last).and_then(|node| node.parent);
-                parent.is_none_or(|parent| rooted.contains(&parent))
-            });
-            if !reached {
-                return Err(format!("the parents of node {id} go round in a circle"));
+            let mut walked = BTreeSet::new();
+            let mut next = Some(*id);
+            while let Some(node) = next.filter(|node| !rooted.contains(node)) {
+                if !walked.insert(node) {
+                    return Err(format!("the parents of node {id} go round in a circle"));
+                }
+                next = self.nodes.get(&node).and_then(|node| node.parent);
             }
-            rooted.extend(chain);
+            rooted.extend(walked);
         }
         if roots != 1 {
             return Err(format!("it has {roots} roots instead of one"));
@@ -340,4 +340,97 @@ fn check_size(node: NodeId, size: u64) -> Result<(), String> {
         return Err(format!("node {node} has the impossible size {size}"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const A: &str = "aaaaaaaa-0000-4000-8000-000000000001";
+    const B: &str = "bbbbbbbb-0000-4000-8000-000000000002";
+    const V: &str = "cccccccc-0000-4000-8000-000000000003";
+
+    /// A sound record: two nodes, one volume.
+    fn sound() -> Value {
+        json!({
+            "format": 1,
+            "nodes": {A: {"virtual_size": 1_048_576}, B: {"parent": A, "virtual_size": 1_048_576}},
+            "volumes": {V: {
+                "node": B, "name": "n", "description": "", "read_write": true, "sharable": false, "cbt_enabled": false
+            }},
+        })
+    }
+
+    /// Judges the record after a change to it.
+    fn judged(change: impl FnOnce(&mut Value)) -> Result<(), String> {
+        let mut value = sound();
+        change(&mut value);
+        let tree: Tree = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        tree.check()
+    }
+
+    #[test]
+    fn a_sound_record_is_taken() {
+        assert_eq!(judged(|_| {}), Ok(()));
+        assert_eq!(
+            judged(|value| value["intent"] = json!({"resize": {"volume": V, "node": B, "virtual_size": 2_097_152}})),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn a_record_that_is_not_one_sound_tree_is_refused_in_words() {
+        let cases: [(&str, Box<dyn FnOnce(&mut Value)>); 13] = [
+            ("which is not there", Box::new(|v| v["nodes"][B]["parent"] = json!(V))),
+            ("in a circle", Box::new(|v| v["nodes"][A]["parent"] = json!(B))),
+            ("in a circle", Box::new(|v| v["nodes"][A]["parent"] = json!(A))),
+            ("2 roots", Box::new(|v| v["nodes"][V] = json!({"virtual_size": 512}))),
+            ("impossible size 0", Box::new(|v| v["nodes"][A]["virtual_size"] = json!(0))),
+            ("impossible size 513", Box::new(|v| v["nodes"][A]["virtual_size"] = json!(513))),
+            ("is on node", Box::new(|v| v["volumes"][V]["node"] = json!(V))),
+            ("on one node", Box::new(|v| v["volumes"][A] = v["volumes"][V].clone())),
+            ("no volume", Box::new(|v| v["volumes"] = json!({}))),
+            (
+                "two activations",
+                Box::new(|v| {
+                    let active = json!({"host": A, "boot_id": B, "mode": "rw"});
+                    v["volumes"][V]["active"] = json!([active, active]);
+                }),
+            ),
+            ("unknown field", Box::new(|v| v["extra"] = json!(1))),
+            (
+                "does not lie",
+                Box::new(|v| {
+                    v["intent"] = json!({"switch": {"nodes": {V: {"parent": A, "virtual_size": 512}},
+                    "moves": {"volume": V, "overlay": V}}});
+                }),
+            ),
+            (
+                "not on node",
+                Box::new(|v| {
+                    v["intent"] = json!({"resize": {"volume": V, "node": A, "virtual_size": 512}});
+                }),
+            ),
+        ];
+        for (words, change) in cases {
+            let reason = judged(change).unwrap_err();
+            assert!(reason.contains(words), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_long_chain_is_judged_in_little_time() {
+        let nodes: Vec<NodeId> = (0..50_000).map(|_| NodeId::random()).collect();
+        let mut tree: Tree = serde_json::from_value(sound()).unwrap();
+        let volume = tree.volumes.values_mut().next().unwrap();
+        volume.node = *nodes.last().unwrap();
+        tree.nodes = nodes
+            .iter()
+            .enumerate()
+            .map(|(i, id)| (*id, Node { parent: (i > 0).then(|| nodes[i - 1]), virtual_size: 512 }))
+            .collect();
+        assert_eq!(tree.check(), Ok(()));
+    }
 }

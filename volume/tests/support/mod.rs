@@ -1,6 +1,7 @@
 //! A host and an SR of its own for each test, and the executable run as xapi-storage-script runs it.
 
 #![allow(dead_code, reason = "every test file uses its own part of this")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::io::Write;
