@@ -1,14 +1,75 @@
 //! Operations that reach beyond the record: begun by writing an intent down, ended by taking it out again.
+//!
+//! ```text
+//!   overlay made ─► intent committed ─► daemon switched ─► change committed
+//!        │                 │                   │
+//!     garbage          not switched:        switched, or the daemon is gone:
+//!                      rolled back          rolled forward
+//! ```
+//!
+//! An overlay that was never written to reads as what it lies on, so that rolling forward is right whenever the
+//! daemon is gone; while it runs, it is asked.
 
 use super::header::Header;
 use super::locked::LockedTree;
 use super::plan;
-use super::tree::{Intent, Tree};
-use crate::error::Result;
+use super::tree::{Change, Intent, Mode};
+use crate::attachment::Attachment;
+use crate::error::{Error, Result};
+use crate::host::Host;
 use crate::id::VolumeKey;
-use crate::qemu::img;
+use crate::qemu::{self, Image, img};
+
+/// What became of an operation that was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    Undone,
+}
 
 impl LockedTree {
+    /// Carries out a change in which a volume moves that may be open for writing on this host: its guest goes on
+    /// in the overlay from one moment to the next.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be done; nothing of it is left then.
+    pub fn switch(&mut self, host: &Host, change: Change) -> Result<()> {
+        self.refuse_second_intent()?;
+        let Some(moves) = change.moves else {
+            return Err(Error::Internal("a switch without a volume that moves".to_owned()));
+        };
+        let attachment = Attachment::lock_existing(host, moves.volume)?;
+        let Some(mut attachment) = attachment.filter(|found| found.open_mode() == Some(Mode::ReadWrite)) else {
+            return self.apply(&change);
+        };
+        let overlay = self.image_of(&change, moves.overlay)?;
+        self.prepare(&change)?;
+        let added: Vec<VolumeKey> = change.volumes.keys().copied().collect();
+        let begun = plan::with_intent(&self.tree, Intent::Switch(change)).and_then(|tree| self.commit(tree));
+        if let Err(error) = begun {
+            self.sweep(added);
+            return Err(error);
+        }
+        let switched = qemu::block_on(attachment.snapshot(&overlay));
+        // What it knows of the daemon may have become wrong.
+        drop(attachment);
+        let ended = match &switched {
+            Ok(()) => self.end_switch(Outcome::Done).map(|()| Outcome::Done),
+            Err(_) => self.find_outcome(host, moves.volume, &overlay).and_then(|outcome| {
+                self.end_switch(outcome)?;
+                Ok(outcome)
+            }),
+        };
+        match (switched, ended) {
+            (_, Ok(Outcome::Done)) => Ok(()),
+            (Err(first), Ok(Outcome::Undone)) => Err(first),
+            (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+            (Ok(()), Ok(Outcome::Undone)) => Err(Error::Internal("a switch that was made was undone".to_owned())),
+            (Ok(()), Err(error)) => Err(error),
+        }
+    }
+
     /// Grows the node of a volume that nobody has open, and that nothing lies on.
     ///
     /// # Errors
@@ -17,11 +78,116 @@ impl LockedTree {
     /// by the next call.
     pub fn grow(&mut self, key: VolumeKey, virtual_size: u64) -> Result<()> {
         let image = self.checked_image(self.volume(key)?.node)?;
-        let intent = Intent::Resize { volume: key, node: image.node, virtual_size };
-        self.commit(plan::with_intent(&self.tree, intent)?)?;
+        self.begin_resize(key, virtual_size)?;
         let grown = img::resize(&image.path, virtual_size);
         let ended = self.end_resize();
         grown.and(ended)
+    }
+
+    /// Grows the node of a volume that is open for writing on this host.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeInUse`] while a client is connected to its export; else as [`Self::grow`].
+    pub fn grow_live(&mut self, host: &Host, key: VolumeKey, virtual_size: u64) -> Result<()> {
+        let attachment = Attachment::lock_existing(host, key)?;
+        let Some(mut attachment) = attachment.filter(|found| found.open_mode().is_some()) else {
+            return self.grow(key, virtual_size);
+        };
+        self.begin_resize(key, virtual_size)?;
+        let grown = qemu::block_on(attachment.resize(virtual_size));
+        let ended = self.end_resize();
+        grown.and(ended)
+    }
+
+    /// Finishes an operation that a killed call left. One on a volume that another host has is left to that host,
+    /// whose daemon knows how far it came.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be finished now: the daemon does not answer, or the record cannot be written.
+    pub(super) fn finish(&mut self, host: &Host) -> Result<()> {
+        let Some(intent) = self.tree.intent.clone() else {
+            return Ok(());
+        };
+        let Some(volume) = intent.volume() else {
+            return Err(Error::Internal("an intent without a volume".to_owned()));
+        };
+        let this = host.uuid()?;
+        if self.volume(volume)?.active.iter().any(|activation| activation.host != this) {
+            return Ok(());
+        }
+        tracing::info!(tree = %self.id, %volume, "finishing what a killed call began");
+        match intent {
+            Intent::Switch(change) => {
+                let Some(moves) = change.moves else {
+                    return Err(Error::Internal("a switch without a volume that moves".to_owned()));
+                };
+                let overlay = self.image_of(&change, moves.overlay)?;
+                let outcome = self.find_outcome(host, volume, &overlay)?;
+                self.end_switch(outcome)
+            }
+            Intent::Resize { .. } => {
+                if let Some(attachment) = Attachment::lock_existing(host, volume)? {
+                    // Answered once the daemon is through with what it was told before.
+                    qemu::block_on(attachment.top())?;
+                }
+                self.end_resize()
+            }
+        }
+    }
+
+    /// Refuses an operation that needs an intent while there is one, which only another host can finish.
+    pub(super) fn refuse_second_intent(&self) -> Result<()> {
+        let Some(volume) = self.tree.intent.as_ref().and_then(Intent::volume) else {
+            return Ok(());
+        };
+        match self.volume(volume)?.active.first() {
+            Some(holder) => Err(Error::ActivatedOnAnotherHost { volume: volume.to_string(), host: holder.host }),
+            None => Err(Error::Internal("an operation was begun before another was finished".to_owned())),
+        }
+    }
+
+    /// Finds whether the daemon was switched to an overlay; one that runs and was not lets go of the overlay.
+    fn find_outcome(&self, host: &Host, volume: VolumeKey, overlay: &Image) -> Result<Outcome> {
+        let attachment = Attachment::lock_existing(host, volume)?;
+        let Some(mut attachment) = attachment.filter(|found| found.open_mode().is_some()) else {
+            return Ok(Outcome::Done);
+        };
+        qemu::block_on(async {
+            match attachment.top().await? {
+                Some(top) if top == overlay.node => Ok(Outcome::Done),
+                Some(_) => attachment.drop_unused_overlay(overlay).await.map(|()| Outcome::Undone),
+                None => Err(Error::Internal(format!("volume {volume} is open and has no export"))),
+            }
+        })
+    }
+
+    /// Ends a switch whose outcome is known.
+    fn end_switch(&mut self, outcome: Outcome) -> Result<()> {
+        let Some(Intent::Switch(change)) = self.tree.intent.clone() else {
+            return Ok(());
+        };
+        match outcome {
+            Outcome::Done => {
+                for key in change.volumes.keys() {
+                    self.sr().link(*key, self.id)?;
+                }
+                self.commit(plan::rolled_forward(&self.tree))
+            }
+            Outcome::Undone => {
+                self.commit(plan::rolled_back(&self.tree))?;
+                self.sweep(change.volumes.into_keys());
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes down that a volume's node is being grown.
+    fn begin_resize(&mut self, key: VolumeKey, virtual_size: u64) -> Result<()> {
+        self.refuse_second_intent()?;
+        let node = self.volume(key)?.node;
+        self.commit(plan::with_intent(&self.tree, Intent::Resize { volume: key, node, virtual_size })?)
     }
 
     /// Ends a resize as far as it came, which the file's header tells.
@@ -30,11 +196,7 @@ impl LockedTree {
             return Ok(());
         };
         let header = Header::read(&self.image(node)?.path)?;
-        let after: Tree = if header.virtual_size == virtual_size {
-            plan::rolled_forward(&self.tree)
-        } else {
-            plan::rolled_back(&self.tree)
-        };
-        self.commit(after)
+        let grown = header.virtual_size == virtual_size;
+        self.commit(if grown { plan::rolled_forward(&self.tree) } else { plan::rolled_back(&self.tree) })
     }
 }

@@ -157,6 +157,12 @@ impl LockedTree {
         made
     }
 
+    /// Gives the file of a node that a change adds.
+    pub(super) fn image_of(&self, change: &Change, id: NodeId) -> Result<Image> {
+        let node = change.nodes.get(&id).ok_or_else(|| Error::Internal(format!("node {id} is not in the change")))?;
+        Ok(Image { node: id, path: node_path(&self.directory, id), virtual_size: node.virtual_size })
+    }
+
     fn make_files(&self, change: &Change) -> Result<()> {
         for (id, node) in &change.nodes {
             let path = node_path(&self.directory, *id);

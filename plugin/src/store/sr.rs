@@ -9,6 +9,7 @@ use rustix::fs::StatVfsMountFlags;
 use serde::{Deserialize, Serialize};
 
 use super::locked::{self, LoadedTree, LockedTree};
+use super::tree::Intent;
 use super::uri::{sr_path, sr_uri};
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -285,11 +286,14 @@ impl Sr {
         Ok(loaded)
     }
 
-    /// Locks the tree that holds a volume, and reads it.
+    /// Locks the tree that holds a volume, reads it, and finishes what a killed call began in it.
+    ///
+    /// The caller holds no attachment, and is in no asynchronous code: finishing may need the daemon.
     ///
     /// # Errors
     ///
-    /// As [`Self::load`]; [`Error::Timeout`] when another holds the lock for too long.
+    /// As [`Self::load`]; [`Error::Timeout`] when another holds the lock for too long;
+    /// [`Error::ActivatedOnAnotherHost`] when only that host can finish what was begun on the volume.
     pub fn lock(&self, host: &Host, key: VolumeKey) -> Result<LockedTree> {
         let patience = host.settings()?.lock();
         let missing = || Error::VolumeDoesNotExist(key.to_string());
@@ -311,8 +315,13 @@ impl Sr {
                 continue;
             }
             let loaded = self.read_tree(id)?.ok_or_else(missing)?;
-            loaded.tree.volume(key)?;
-            return Ok(LockedTree::new(self.clone(), loaded, lock));
+            let mut locked = LockedTree::new(self.clone(), loaded, lock);
+            locked.finish(host)?;
+            if locked.tree.intent.as_ref().and_then(Intent::volume) == Some(key) {
+                locked.refuse_second_intent()?;
+            }
+            locked.tree.volume(key)?;
+            return Ok(locked);
         }
     }
 

@@ -382,37 +382,29 @@ mod tests {
 
     #[test]
     fn a_record_that_is_not_one_sound_tree_is_refused_in_words() {
-        let cases: [(&str, Box<dyn FnOnce(&mut Value)>); 13] = [
-            ("which is not there", Box::new(|v| v["nodes"][B]["parent"] = json!(V))),
-            ("in a circle", Box::new(|v| v["nodes"][A]["parent"] = json!(B))),
-            ("in a circle", Box::new(|v| v["nodes"][A]["parent"] = json!(A))),
-            ("2 roots", Box::new(|v| v["nodes"][V] = json!({"virtual_size": 512}))),
-            ("impossible size 0", Box::new(|v| v["nodes"][A]["virtual_size"] = json!(0))),
-            ("impossible size 513", Box::new(|v| v["nodes"][A]["virtual_size"] = json!(513))),
-            ("is on node", Box::new(|v| v["volumes"][V]["node"] = json!(V))),
-            ("on one node", Box::new(|v| v["volumes"][A] = v["volumes"][V].clone())),
-            ("no volume", Box::new(|v| v["volumes"] = json!({}))),
-            (
-                "two activations",
-                Box::new(|v| {
-                    let active = json!({"host": A, "boot_id": B, "mode": "rw"});
-                    v["volumes"][V]["active"] = json!([active, active]);
-                }),
-            ),
-            ("unknown field", Box::new(|v| v["extra"] = json!(1))),
-            (
-                "does not lie",
-                Box::new(|v| {
-                    v["intent"] = json!({"switch": {"nodes": {V: {"parent": A, "virtual_size": 512}},
+        type Damage = fn(&mut Value);
+        let cases: [(&str, Damage); 13] = [
+            ("which is not there", |v| v["nodes"][B]["parent"] = json!(V)),
+            ("in a circle", |v| v["nodes"][A]["parent"] = json!(B)),
+            ("in a circle", |v| v["nodes"][A]["parent"] = json!(A)),
+            ("2 roots", |v| v["nodes"][V] = json!({"virtual_size": 512})),
+            ("impossible size 0", |v| v["nodes"][A]["virtual_size"] = json!(0)),
+            ("impossible size 513", |v| v["nodes"][A]["virtual_size"] = json!(513)),
+            ("is on node", |v| v["volumes"][V]["node"] = json!(V)),
+            ("on one node", |v| v["volumes"][A] = v["volumes"][V].clone()),
+            ("no volume", |v| v["volumes"] = json!({})),
+            ("two activations", |v| {
+                let active = json!({"host": A, "boot_id": B, "mode": "rw"});
+                v["volumes"][V]["active"] = json!([active, active]);
+            }),
+            ("unknown field", |v| v["extra"] = json!(1)),
+            ("does not lie", |v| {
+                v["intent"] = json!({"switch": {"nodes": {V: {"parent": A, "virtual_size": 512}},
                     "moves": {"volume": V, "overlay": V}}});
-                }),
-            ),
-            (
-                "not on node",
-                Box::new(|v| {
-                    v["intent"] = json!({"resize": {"volume": V, "node": A, "virtual_size": 512}});
-                }),
-            ),
+            }),
+            ("not on node", |v| {
+                v["intent"] = json!({"resize": {"volume": V, "node": A, "virtual_size": 512}});
+            }),
         ];
         for (words, change) in cases {
             let reason = judged(change).unwrap_err();
