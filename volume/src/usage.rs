@@ -1,12 +1,11 @@
 //! Who has a volume open: what a method may do with it depends on that.
 
-use std::fs;
-use std::io;
-
+use plugin::attachment::{Attachment, Use};
 use plugin::error::{Error, Result};
 use plugin::host::Host;
-use plugin::id::{SrUuid, VolumeKey};
-use plugin::store::{LoadedTree, Mode, Sr};
+use plugin::id::{Domain, SrUuid, VolumeKey};
+use plugin::store::{LockedTree, Mode, Sr};
+use plugin::{mirror, qemu};
 use uuid::Uuid;
 
 /// Who has a volume open.
@@ -21,19 +20,14 @@ pub enum Usage {
 }
 
 impl Usage {
-    /// Finds who has a volume open. Records of this host from an earlier boot do not count.
-    pub fn of(host: &Host, tree: &LoadedTree, key: VolumeKey) -> Result<Self> {
-        let active = &tree.volume(key)?.active;
-        if active.is_empty() {
-            return Ok(Self::Idle);
+    /// Finds who has a volume open. Other hosts are known by their records in the tree; this host's own record does
+    /// not count, as its daemon may have died or never have opened the volume.
+    pub fn of(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<Self> {
+        if let Some(elsewhere) = elsewhere(host, tree, key)? {
+            return Ok(elsewhere);
         }
-        let (this, boot) = (host.uuid()?, host.boot_id()?);
-        let elsewhere = active.iter().filter(|record| record.host != this).max_by_key(|record| record.mode);
-        if let Some(record) = elsewhere {
-            return Ok(Self::Elsewhere(record.host, record.mode));
-        }
-        let here = active.iter().find(|record| record.host == this && record.boot_id == boot);
-        Ok(here.map_or(Self::Idle, |record| Self::Here(record.mode)))
+        let attachment = Attachment::lock_existing(host, key)?;
+        Ok(attachment.and_then(|found| found.open_mode()).map_or(Self::Idle, Self::Here))
     }
 
     /// Refuses what another host's guest would write through.
@@ -47,40 +41,94 @@ impl Usage {
     }
 }
 
-/// Makes sure that no guest has a volume that is to be destroyed.
-pub fn release(host: &Host, tree: &LoadedTree, key: VolumeKey) -> Result<()> {
-    match Usage::of(host, tree, key)? {
-        Usage::Idle => Ok(()),
-        Usage::Here(_) => Err(live(key)),
-        Usage::Elsewhere(host, _) => Err(Error::ActivatedOnAnotherHost { volume: key.to_string(), host }),
+/// Finds another host that has a volume open, a writing one before others.
+fn elsewhere(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<Option<Usage>> {
+    let this = host.uuid()?;
+    let others = tree.volume(key)?.active.iter().filter(|record| record.host != this);
+    Ok(others.max_by_key(|record| record.mode).map(|record| Usage::Elsewhere(record.host, record.mode)))
+}
+
+/// Makes sure that no guest has a volume that is to be destroyed, and that nothing of it is left on this host.
+pub fn release(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
+    if let Some(Usage::Elsewhere(holder, _)) = elsewhere(host, tree, key)? {
+        return Err(Error::ActivatedOnAnotherHost { volume: key.to_string(), host: holder });
+    }
+    let Some(mut attachment) = Attachment::lock_existing(host, key)? else {
+        return Ok(());
+    };
+    match user(host, &attachment)? {
+        Some(domain) => {
+            let reason = format!("it is active for domain {domain}");
+            Err(Error::VolumeInUse { volume: key.to_string(), reason })
+        }
+        None => qemu::block_on(attachment.stop()),
     }
 }
 
-/// Refuses what needs the volume to be inactive.
-pub fn live(key: VolumeKey) -> Error {
-    Error::VolumeInUse { volume: key.to_string(), reason: "it is active on this host".to_owned() }
+/// Refuses a change of the node that a running mirror reads.
+pub fn refuse_mirrored(host: &Host, key: VolumeKey) -> Result<()> {
+    if mirror::is_running(host, key)? {
+        let reason = "it is being mirrored".to_owned();
+        return Err(Error::VolumeInUse { volume: key.to_string(), reason });
+    }
+    Ok(())
 }
 
-/// Finds a volume of an SR that has its datapath on this host.
-pub fn running_volume(host: &Host, sr: SrUuid) -> Result<Option<VolumeKey>> {
-    let directory = host.runtime_dir().join("volumes");
-    let entries = match fs::read_dir(&directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::on("listing", &directory)(error)),
-    };
-    let sr = match Sr::attached(host, sr) {
-        Ok(sr) => sr,
-        Err(Error::SrNotAttached(_)) => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let name = entry.map_err(Error::on("listing", &directory))?.file_name();
-        if let Some(key) = name.to_str().and_then(|name| name.parse().ok())
-            && sr.load(key).is_ok()
-        {
-            return Ok(Some(key));
+/// Stops what still runs on this host for an SR's volumes without being used: what a migration that was never told
+/// its end left behind (xen-api `ocaml/xapi/storage_mux.ml`: DP.destroy2 has no hook after it).
+///
+/// # Errors
+///
+/// [`Error::SrInUse`] for a volume that is used; those before it were stopped.
+pub fn stop_unused(host: &Host, uuid: SrUuid) -> Result<()> {
+    for key in Attachment::volumes(host)? {
+        match Attachment::lock_existing(host, key)? {
+            Some(attachment) if attachment.uri().sr == uuid => {
+                if let Some(domain) = attached_guest(host, &attachment)? {
+                    let reason = format!("volume {key} is attached for domain {domain}");
+                    return Err(Error::SrInUse { sr: uuid.to_string(), reason });
+                }
+            }
+            _ => continue,
+        }
+        // The tree's lock comes before the attachment's. Without the SR there is no record to take back.
+        let tree = Sr::attached(host, uuid).and_then(|sr| sr.lock(host, key));
+        if let Some(mut attachment) = Attachment::lock_existing(host, key)? {
+            qemu::block_on(attachment.stop())?;
+        }
+        match tree {
+            Ok(mut tree) => {
+                let this = host.uuid()?;
+                tree.update(key, |volume| volume.active.retain(|record| record.host != this))?;
+            }
+            Err(error) => tracing::warn!(error = error.chain(), volume = %key, "its record was not changed"),
         }
     }
-    Ok(None)
+    Ok(())
+}
+
+/// Finds who uses a volume: an active domain, but for a migration that nobody is connected for and a mirror that no
+/// longer runs.
+fn user(host: &Host, attachment: &Attachment) -> Result<Option<Domain>> {
+    let active = |(_, usage): &(&Domain, &Use)| usage.is_active();
+    first_in_use(host, attachment, active)
+}
+
+/// Finds who has a volume attached, active or not, with the same exceptions.
+fn attached_guest(host: &Host, attachment: &Attachment) -> Result<Option<Domain>> {
+    first_in_use(host, attachment, |_| true)
+}
+
+fn first_in_use(
+    host: &Host,
+    attachment: &Attachment,
+    counts: impl Fn(&(&Domain, &Use)) -> bool,
+) -> Result<Option<Domain>> {
+    let connected = qemu::block_on(attachment.clients())? > 0;
+    let mirrored = mirror::is_running(host, attachment.uri().volume)?;
+    let is_stale = |domain: &Domain| {
+        (domain.is_migration() && !connected) || (domain.as_str() == mirror::OFFLINE_DOMAIN && !mirrored)
+    };
+    let mut users = attachment.domains().iter().filter(counts).map(|(domain, _)| domain);
+    Ok(users.find(|domain| !is_stale(domain)).cloned())
 }

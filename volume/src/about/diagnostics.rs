@@ -1,7 +1,9 @@
 //! Plugin.diagnostics: the state of this host's SRs and volumes, for people.
 
 use std::fmt::Write;
+use std::fs;
 
+use plugin::attachment::Attachment;
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::id::Shortened;
@@ -30,6 +32,17 @@ pub fn execute(host: &Host, _: Parameters) -> Result<String> {
                     Ok(sr) => describe_sr(&mut text, &sr),
                     Err(error) => line::<&str>(&mut text, 2, "error", Err(error)),
                 }
+            }
+        }
+        Err(error) => line::<&str>(&mut text, 0, "error", Err(error)),
+    }
+    match Attachment::volumes(host) {
+        Ok(volumes) => {
+            for key in volumes {
+                // As it stands in its file: taking its lock could wait for a daemon that hangs.
+                let path = host.volume_dir(key).join("state.json");
+                let state = fs::read_to_string(&path).map_err(plugin::Error::on("reading", &path));
+                line(&mut text, 0, "attachment", state.map(|state| format!("{key} {}", state.trim_end())));
             }
         }
         Err(error) => line::<&str>(&mut text, 0, "error", Err(error)),

@@ -1,6 +1,6 @@
 //! SR.detach: forgets an SR on this host.
 
-use plugin::error::{Error, Result};
+use plugin::error::Result;
 use plugin::host::Host;
 use plugin::store::Sr;
 use serde::Deserialize;
@@ -18,13 +18,11 @@ pub struct Parameters {
 ///
 /// # Errors
 ///
-/// [`Error::SrInUse`] while a volume of it has its daemon running on this host.
+/// [`plugin::Error::SrInUse`] while a volume of it is attached for a guest on this host.
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let Ok(uuid) = parameters.sr.uuid() else {
         return Ok(());
     };
-    if let Some(volume) = usage::running_volume(host, uuid)? {
-        return Err(Error::SrInUse { sr: uuid.to_string(), reason: format!("volume {volume} has its datapath") });
-    }
+    usage::stop_unused(host, uuid)?;
     Sr::detach(host, uuid)
 }

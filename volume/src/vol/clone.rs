@@ -22,8 +22,8 @@ pub struct Parameters {
 ///
 /// # Errors
 ///
-/// [`plugin::Error::ActivatedOnAnotherHost`] when it is open for writing elsewhere; nothing is left of a clone that
-/// failed.
+/// [`plugin::Error::ActivatedOnAnotherHost`] when it is open for writing elsewhere, [`plugin::Error::VolumeInUse`]
+/// while a guest writes to it and it is mirrored; nothing is left of a clone that failed.
 pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
     let sr = parameters.sr.open(host)?;
     let key = parameters.key.key()?;
@@ -33,7 +33,9 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
     let clone = VolumeKey::random();
     match usage {
         Usage::Here(Mode::ReadWrite) => {
-            return Err(usage::live(key));
+            usage::refuse_mirrored(host, key)?;
+            let change = plan::clone(&tree.tree, key, clone, NodeId::random(), Some(NodeId::random()))?;
+            tree.switch(host, change)?;
         }
         Usage::Idle | Usage::Here(Mode::ReadOnly) | Usage::Elsewhere(..) => {
             let change = plan::clone(&tree.tree, key, clone, NodeId::random(), None)?;

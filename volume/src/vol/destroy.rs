@@ -2,6 +2,7 @@
 
 use plugin::error::{Error, Result};
 use plugin::host::Host;
+use plugin::mirror;
 use serde::Deserialize;
 
 use crate::request::{SrName, VolumeName};
@@ -28,7 +29,11 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     match sr.lock(host, key) {
         Ok(tree) => {
             usage::release(host, &tree, key)?;
-            tree.destroy(key)
+            tree.destroy(key)?;
+            if let Err(error) = mirror::forget_volume(host, key) {
+                tracing::warn!(error = error.chain(), "records of mirrors are left");
+            }
+            Ok(())
         }
         Err(Error::VolumeDoesNotExist(_)) => Ok(()),
         Err(error) => Err(error),

@@ -41,7 +41,10 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
         Usage::Here(Mode::ReadOnly) => {
             Err(Error::VolumeInUse { volume: key.to_string(), reason: "it is being read from".to_owned() })
         }
-        Usage::Here(Mode::ReadWrite) => Err(usage::live(key)),
+        Usage::Here(Mode::ReadWrite) => {
+            usage::refuse_mirrored(host, key)?;
+            tree.grow_live(host, key, bytes)
+        }
         // What lies on a node must not see it change.
         Usage::Idle if tree.tree.is_frozen(node) => {
             let change = plan::overlay(&tree.tree, key, NodeId::random(), Some(bytes))?;

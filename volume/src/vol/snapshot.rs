@@ -9,7 +9,7 @@ use plugin::store::{Mode, plan};
 use serde::Deserialize;
 
 use crate::request::{SrName, VolumeName};
-use crate::usage::{self, Usage};
+use crate::usage::Usage;
 
 /// The volume.
 #[derive(Debug, Deserialize)]
@@ -39,7 +39,7 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
     let snapshot = VolumeKey::random();
     let change = plan::snapshot(&tree.tree, key, snapshot, NodeId::random())?;
     match usage {
-        Usage::Here(Mode::ReadWrite) => return Err(usage::live(key)),
+        Usage::Here(Mode::ReadWrite) => tree.switch(host, change)?,
         // Who only reads goes on reading the node that becomes the snapshot's, which stays as it is.
         Usage::Idle | Usage::Here(Mode::ReadOnly) | Usage::Elsewhere(..) => tree.apply(&change)?,
     }
