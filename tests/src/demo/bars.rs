@@ -65,10 +65,12 @@ impl Bars {
 
 impl Drop for Bars {
     fn drop(&mut self) {
-        for bar in self.volumes.values().filter(|bar| !bar.is_finished()) {
-            bar.finish();
-        }
         self.phase.finish_and_clear();
+        for bar in self.volumes.values() {
+            bar.finish_and_clear();
+        }
+        // What follows is told below; a terminal that cannot be cleared costs only the looks.
+        let _ = self.all.clear();
     }
 }
 

@@ -34,7 +34,9 @@ use crate::script::{CallLog, CallRecord};
 use crate::sxm::{self, Event, Flow, Migration};
 
 /// How many calls are told of a run that failed.
-const CALLS_TOLD: usize = 12;
+const CALLS_TOLD: usize = 6;
+/// How many characters of each answer.
+const ANSWER_TOLD: usize = 600;
 
 /// Told what happens and the name of the volume that it happens to, to show it.
 pub type Show = Arc<dyn Fn(&Event, &str) + Send + Sync>;
@@ -107,17 +109,26 @@ async fn on(stage: &Stage, subject: Subject, settings: &Settings, show: Show) ->
     Ok(Outcome { report, drawing, calls })
 }
 
+/// The last calls that failed, and the very last ones.
 fn last_calls(log: &CallLog) -> Vec<String> {
     let calls = log.calls();
-    let tell = |call: &CallRecord| {
-        let (host, began, request) = (&call.host, call.started.as_secs_f64(), &call.request);
-        let answer = match &call.answer {
-            None => "no answer yet".to_owned(),
-            Some(Ok(answer)) => format!("{answer:?}"),
-            Some(Err(failure)) => format!("{failure:?}"),
-        };
-        let took = call.ended.map_or(0.0, |ended| (ended - call.started).as_secs_f64());
-        format!("{began:8.3} s  {host} {} {request}\n            {took:.3} s: {answer}", call.method)
+    let failed: Vec<&CallRecord> = calls.iter().filter(|call| !matches!(call.answer, Some(Ok(_)))).collect();
+    let end = |count: usize| count.saturating_sub(CALLS_TOLD);
+    let last = &calls[end(calls.len())..];
+    failed[end(failed.len())..].iter().copied().chain(last).map(tell).collect()
+}
+
+fn tell(call: &CallRecord) -> String {
+    let (host, method, began, request) = (&call.host, call.method, call.started.as_secs_f64(), &call.request);
+    let took = call.ended.map_or(0.0, |ended| ended.saturating_sub(call.started).as_secs_f64());
+    let mut answer = match &call.answer {
+        None => "no answer yet".to_owned(),
+        Some(Ok(answer)) => format!("{answer:?}"),
+        Some(Err(failure)) => format!("{failure:?}"),
     };
-    calls[calls.len().saturating_sub(CALLS_TOLD)..].iter().map(tell).collect()
+    if let Some((end, _)) = answer.char_indices().nth(ANSWER_TOLD) {
+        answer.truncate(end);
+        answer.push('…');
+    }
+    format!("{began:8.3} s  {host} {method} {request}\n  {took:8.3} s: {answer}")
 }
