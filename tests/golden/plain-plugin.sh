@@ -41,6 +41,7 @@ Volume.unset) rm -f "$v/keys/$(f k)"; echo null ;;
 Volume.set_name) f new_name > "$v/name"; echo null ;;
 Volume.set_description) echo null ;;
 Datapath.attach)
+	[ -e "$d/disk" ] || die Volume_does_not_exist "$uri"
 	mkdir -p "$d/domains"; : > "$d/domains/$(f domain)"
 	[ -S "$d/nbd.sock" ] || qemu-storage-daemon --daemonize --pidfile "$d/pid" \
 		--blockdev "driver=file,node-name=f,filename=$d/disk,discard=unmap" \

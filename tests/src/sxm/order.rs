@@ -63,7 +63,7 @@ pub(super) fn order(db: &Db, vm: VmRef, flow: Flow) -> Vec<Conf> {
 }
 
 fn by_size_and_age(a: &Conf, b: &Conf) -> Ordering {
-    let time = |c: &Conf| (c.info.snapshot_time.clone(), c.is_leaf(), c.age);
+    let time = |c: &Conf| (c.info.snapshot_time.clone(), !c.is_leaf(), c.age);
     // A live leaf has no snapshot time; as in xapi the epoch stands there, and it comes first among equals.
     a.info.virtual_size.cmp(&b.info.virtual_size).then_with(|| time(a).cmp(&time(b)))
 }
@@ -158,5 +158,101 @@ fn subtree(db: &Db, snapshot: VmRef, leaf: &Conf, active: &[VmRef]) -> Vec<Node>
     match conf_of(db, snapshot, leaf) {
         Some(conf) => vec![Node { conf, active: active.contains(&snapshot), children }],
         None => children,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::db::{Vbd, VmRecord};
+    use crate::host::{Host, PluginSource};
+    use crate::script::CallLog;
+
+    /// A VM with one disk and these snapshots, each with its parent and size; the leaf is on the last one.
+    async fn db(snapshots: &[(&str, Option<&str>, i64)]) -> (tempfile::TempDir, Db, VmRef) {
+        let dir = tempfile::Builder::new().prefix("fx-").tempdir_in("/tmp").unwrap();
+        let plugins = PluginSource::Existing(dir.path().join("none"));
+        let host = Host::start("a", Path::new(&dir.path().join("a")), &plugins, &CallLog::default()).await.unwrap();
+        let sr = Sr::from("sr");
+        let mut db = Db::default();
+        let add = |db: &mut Db, name: &str, snapshot_of: Option<VmRef>, parent: Option<VmRef>, size: i64| {
+            let info = VdiInfo { vdi: Vdi::from(name), ..VdiInfo::blank(name, size) };
+            db.add_vdi(&sr, info, snapshot_of.map(|_| Vdi::from("leaf")));
+            db.add_vm(VmRecord {
+                uuid: uuid::Uuid::new_v4(),
+                name: name.to_owned(),
+                snapshot_of,
+                parent,
+                vbds: vec![Vbd { device: "xvda".to_owned(), vdi: Vdi::from(name) }],
+                host: Arc::clone(&host),
+                domid: None,
+            })
+        };
+        let vm = add(&mut db, "leaf", None, None, snapshots.last().unwrap().2);
+        for (name, parent, size) in snapshots {
+            let parent = parent.map(|parent| db.snapshot_named(vm, parent).unwrap());
+            let snapshot = add(&mut db, name, Some(vm), parent, *size);
+            db.vm_mut(vm).unwrap().parent = Some(snapshot);
+        }
+        (dir, db, vm)
+    }
+
+    fn names(confs: &[Conf]) -> Vec<&str> {
+        confs.iter().map(|c| c.vdi.0.as_str()).collect()
+    }
+
+    const EXAMPLE: [(&str, Option<&str>, i64); 4] =
+        [("1", None, 8), ("2", Some("1"), 8), ("3", Some("1"), 8), ("4", Some("3"), 8)];
+
+    #[tokio::test]
+    async fn a_volume_comes_after_what_it_is_based_on() {
+        let (_dir, db, vm) = db(&EXAMPLE).await;
+        assert_eq!(names(&order(&db, vm, Flow::Tree)), ["leaf"]);
+        let base = order(&db, vm, Flow::Base);
+        for conf in &base {
+            let at = |vdi: &Vdi| base.iter().position(|c| c.vdi == *vdi).unwrap();
+            assert!(conf.parent.as_ref().is_none_or(|parent| at(parent) < at(&conf.vdi)), "{:?}", names(&base));
+        }
+        assert_eq!(base.len(), 5);
+    }
+
+    #[tokio::test]
+    async fn small_volumes_travel_first() {
+        let (_dir, db, vm) = db(&[("1", None, 4), ("2", Some("1"), 16), ("3", Some("1"), 8)]).await;
+        assert_eq!(names(&order(&db, vm, Flow::Leaf)), ["1", "leaf", "3", "2"]);
+        assert_eq!(names(&order(&db, vm, Flow::Base)), ["1", "3", "leaf", "2"]);
+    }
+
+    #[tokio::test]
+    async fn the_forest_has_the_active_path_marked_and_skips_snapshots_without_the_disk() {
+        let (_dir, mut db, vm) = db(&EXAMPLE).await;
+        let leaf = leaves(&db, vm).remove(0);
+        let show = |db: &Db| {
+            fn tree(node: &Node) -> String {
+                let children: Vec<String> = node.children.iter().map(tree).collect();
+                format!("{}{}({})", node.conf.vdi, if node.active { "*" } else { "" }, children.join(" "))
+            }
+            forest(db, vm, &leaf).iter().map(tree).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(show(&db), "1*(2() 3*(4*()))");
+        let third = db.snapshot_named(vm, "3").unwrap();
+        db.vm_mut(third).unwrap().vbds.clear();
+        assert_eq!(show(&db), "1*(2() 4*())");
+        let first = db.snapshot_named(vm, "1").unwrap();
+        db.vm_mut(first).unwrap().vbds.clear();
+        assert_eq!(show(&db), "2() 4*()");
+        assert_eq!(leaves(&db, vm)[0].parent, Some(Vdi::from("4")));
+    }
+
+    #[tokio::test]
+    async fn domains_are_two_letters_or_three_and_six_digits() {
+        let (_dir, db, vm) = db(&EXAMPLE).await;
+        let leaf = &leaves(&db, vm)[0];
+        assert!(leaf.mirror_vm.0.starts_with("MIR") && leaf.mirror_vm.0.len() == 9);
+        assert_eq!(leaf.copy_vm.0, format!("CP{}", &leaf.mirror_vm.0[3..]));
+        assert_eq!(leaf.dp.0, format!("vbd/{}/leaf", db.vm(vm).unwrap().uuid));
     }
 }
