@@ -1,13 +1,17 @@
 //! The SMAPIv3 datapath plugin `qsd`: how a guest, or a migration, reaches the data of a volume.
 //!
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
-//! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`].
+//! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`]. The same executable, called
+//! with another argument, is the supervisor of a mirror.
 
 mod about;
+mod data;
+mod mirror;
 mod path;
 
 use std::process::ExitCode;
 
+use plugin::host::Host;
 use plugin::smapi::{self, Method, typed};
 
 /// What this plugin answers.
@@ -24,8 +28,18 @@ const METHODS: &[Method] = &[
     Method { name: "Datapath.deactivate", call: |host, request| typed(host, request, path::deactivate::execute) },
     Method { name: "Datapath.detach", call: |host, request| typed(host, request, path::detach::execute) },
     Method { name: "Datapath.close", call: |host, request| typed(host, request, path::close::execute) },
+    Method { name: "Data.mirror", call: |host, request| typed(host, request, data::mirror::execute) },
+    Method { name: "Data.stat", call: |host, request| typed(host, request, data::stat::execute) },
+    Method { name: "Data.cancel", call: |host, request| typed(host, request, data::cancel::execute) },
+    Method { name: "Data.destroy", call: |host, request| typed(host, request, data::destroy::execute) },
+    Method { name: "Data.ls", call: |host, request| typed(host, request, data::ls::execute) },
 ];
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|argument| argument == mirror::ENTRY) {
+        let key = arguments.next().unwrap_or_default();
+        return mirror::main(&Host::from_environment(), &key.to_string_lossy());
+    }
     smapi::main(METHODS)
 }

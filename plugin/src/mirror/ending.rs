@@ -1,14 +1,18 @@
 //! Ending mirrors from other calls, and keeping their records.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::control::{EndRequest, How};
-use super::job;
 use super::record::{MirrorRecord, Phase};
+use super::{OFFLINE_DOMAIN, job};
+use crate::activation;
+use crate::attachment::Attachment;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{Domain, VolumeKey};
+use crate::lock::FileLock;
 
 /// Seconds that a supervisor gets beyond the time for the drain itself; cutting a connection takes milliseconds.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -65,7 +69,42 @@ pub fn end_for_snapshot(host: &Host, volume: VolumeKey) -> Result<()> {
         let mut record = end(host, &record, How::Cancel, "the volume was snapshotted or changed")?;
         acknowledge(host, &mut record)?;
     }
-    Ok(())
+    reap(host, volume)
+}
+
+/// Gives the file that keeps two calls from starting a mirror of one volume at once.
+pub fn start_lock(host: &Host, volume: VolumeKey) -> PathBuf {
+    host.runtime_dir().join(format!("mirrors/{volume}.lock"))
+}
+
+/// Clears up after supervisors of a volume's mirrors that were killed: their jobs, and a source that is open for no
+/// mirror any more. To be called before what a volume in use would refuse; no lock may be held.
+///
+/// # Errors
+///
+/// As [`end`]; else the source cannot be closed.
+pub fn reap(host: &Host, volume: VolumeKey) -> Result<()> {
+    let mut is_read = false;
+    for record in MirrorRecord::of_volume(host, volume)? {
+        if record.is_running(host) {
+            is_read |= record.offline;
+        } else if !record.phase.is_terminal() {
+            end(host, &record, How::Cancel, "its supervisor is gone")?;
+        }
+    }
+    let domain = OFFLINE_DOMAIN.parse()?;
+    let attachment = Attachment::lock_existing(host, volume)?;
+    let orphan = attachment.filter(|attachment| !is_read && attachment.domains().contains_key(&domain));
+    let Some(uri) = orphan.map(|attachment| attachment.uri()) else { return Ok(()) };
+    // Whoever holds this lock is just opening the source, and its mirror has no record yet.
+    let lock = match FileLock::try_acquire(&start_lock(host, volume)) {
+        Ok(Some(lock)) => lock,
+        Ok(None) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let released = activation::release(host, uri, &domain);
+    let _ = fs::remove_file(lock.path());
+    released
 }
 
 /// Tells whether a mirror that has this volume as its source goes on.
@@ -117,7 +156,7 @@ pub fn before_deactivate(host: &Host, volume: VolumeKey, domain: &Domain, is_las
             return Err(Error::MirrorBroken { volume: volume.to_string(), reason });
         }
     }
-    Ok(())
+    reap(host, volume)
 }
 
 /// Ends what still goes on when a domain is detached, and takes the detachment as a sign that xapi knows.
@@ -135,7 +174,7 @@ pub fn before_detach(host: &Host, volume: VolumeKey, domain: &Domain, is_last: b
             acknowledge(host, &mut record)?;
         }
     }
-    Ok(())
+    reap(host, volume)
 }
 
 /// Takes note that a guest may write to the source again: a mirror that was finished no longer shows it.
@@ -156,7 +195,7 @@ pub fn source_activated(host: &Host, volume: VolumeKey) -> Result<()> {
             record.store(host)?;
         }
     }
-    Ok(())
+    reap(host, volume)
 }
 
 /// Forgets the mirrors of a volume that is gone.

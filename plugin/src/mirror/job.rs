@@ -51,10 +51,20 @@ pub async fn query(client: &Client) -> Result<Option<JobInfo>> {
 ///
 /// When the daemon does not answer, or the job does not end in `attempts` looks of 10 ms each.
 pub async fn clear(client: &Client, attempts: u32) -> Result<()> {
+    end(client, attempts).await?;
+    remove_nodes(client).await
+}
+
+/// Ends the job, whatever of it is left undone, and keeps the target's nodes; no job is no error.
+///
+/// # Errors
+///
+/// As [`clear`].
+pub async fn end(client: &Client, attempts: u32) -> Result<()> {
     let mut asked = false;
     for _ in 0..attempts {
         match query(client).await? {
-            None => return remove_nodes(client).await,
+            None => return Ok(()),
             Some(job) if job.status == "concluded" => {
                 client.execute("job-dismiss", json!({"id": JOB})).await?;
             }

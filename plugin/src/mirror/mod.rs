@@ -18,9 +18,10 @@ mod record;
 
 pub use control::{EndReply, EndRequest, How};
 pub use ending::{
-    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, forget_volume, is_running, source_activated,
+    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, forget_volume, is_running, reap,
+    source_activated, start_lock,
 };
-pub use record::{CopyMode, MirrorRecord, Phase, Progress};
+pub use record::{CopyMode, MirrorRecord, Phase, Progress, now};
 
 /// The pseudo domain under which a mirror opens a volume that is not active.
 pub const OFFLINE_DOMAIN: &str = "mirror";

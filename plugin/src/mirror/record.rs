@@ -242,7 +242,7 @@ impl MirrorRecord {
 }
 
 /// Gives the time in seconds since 1970.
-fn now() -> u64 {
+pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 

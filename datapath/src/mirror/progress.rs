@@ -1,0 +1,195 @@
+//! What a mirror's progress says: whether its peer hangs, and whether the guest outruns the link.
+
+use std::time::{Duration, Instant};
+
+use plugin::mirror::{CopyMode, Progress};
+
+/// How long what is left may fail to shrink before the guest is slowed.
+const CONVERGENCE: Duration = Duration::from_secs(3);
+
+/// What may be left to send when the guest is paused, in seconds of the link: the drain is part of the migration's
+/// downtime.
+const READY_REST_SECONDS: f64 = 2.0;
+
+/// What may be left in any case, in bytes: requests under way.
+const READY_REST_BYTES: f64 = (4 << 20) as f64;
+
+/// How much of the link's speed, as it is kept, comes from the newest look.
+const NEWEST: f64 = 0.2;
+
+/// Watches a mirror's progress. Pure: time comes in with each look.
+#[derive(Debug)]
+pub struct Watch {
+    silence: Duration,
+    blocking_silence: Duration,
+    moved: Instant,
+    last: (u64, u64, u64),
+    least: u64,
+    shrunk: Instant,
+    looked: Instant,
+    bytes_per_second: f64,
+}
+
+/// What the supervisor should do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing.
+    Fine,
+    /// The guest outruns the link: make its writes wait for the peer.
+    Outrun,
+    /// The peer owes an answer and has been silent for too long: cut it off.
+    Silent,
+}
+
+impl Watch {
+    /// Starts watching now, with the seconds that a peer may be silent in the two copy modes.
+    pub fn new(now: Instant, silence: Duration, blocking_silence: Duration) -> Self {
+        Self {
+            silence,
+            blocking_silence,
+            moved: now,
+            last: (0, 0, 0),
+            least: u64::MAX,
+            shrunk: now,
+            looked: now,
+            bytes_per_second: 0.0,
+        }
+    }
+
+    /// Takes a look at the progress; `draining` says that a flush is owed even when nothing is left to copy.
+    pub fn look(
+        &mut self,
+        now: Instant,
+        progress: &Progress,
+        mode: CopyMode,
+        ready: bool,
+        draining: bool,
+    ) -> Verdict {
+        let rest = progress.length.saturating_sub(progress.offset);
+        let seen = (progress.sent, progress.received, progress.offset);
+        let elapsed = now.duration_since(self.looked).as_secs_f64();
+        if elapsed > 0.0 {
+            let newest = progress.sent.saturating_sub(self.last.0) as f64 / elapsed;
+            // An idle link says nothing of its speed.
+            if rest > 0 {
+                self.bytes_per_second += (newest - self.bytes_per_second) * NEWEST;
+            }
+            self.looked = now;
+        }
+        let owed = rest > 0 || draining || (progress.offset == 0 && !ready);
+        if seen != self.last || !owed {
+            self.last = seen;
+            self.moved = now;
+        }
+        let bound = match mode {
+            CopyMode::Background => self.silence,
+            CopyMode::WriteBlocking => self.blocking_silence,
+        };
+        if now.duration_since(self.moved) >= bound {
+            return Verdict::Silent;
+        }
+        // Before the first byte is copied the target is being zeroed, which is not counted as progress.
+        let allowed = if ready { (self.bytes_per_second * READY_REST_SECONDS).max(READY_REST_BYTES) } else { 0.0 };
+        let at_rest = progress.offset == 0 || rest as f64 <= allowed;
+        if rest < self.least || at_rest {
+            self.least = if at_rest { u64::MAX } else { rest };
+            self.shrunk = now;
+        }
+        if mode == CopyMode::Background && now.duration_since(self.shrunk) >= CONVERGENCE {
+            return Verdict::Outrun;
+        }
+        Verdict::Fine
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn watch(now: Instant) -> Watch {
+        Watch::new(now, 30 * SECOND, 4 * SECOND)
+    }
+
+    fn progress(offset: u64, length: u64, sent: u64) -> Progress {
+        Progress { offset, length, sent, received: sent / 100 }
+    }
+
+    #[test]
+    fn a_peer_that_moves_bytes_is_never_cut_off_however_slow() {
+        let start = Instant::now();
+        let mut watch = watch(start);
+        for second in 0..1000 {
+            let seen = progress(second + 1, 1 << 30, second);
+            let now = start + SECOND * second as u32;
+            assert_ne!(watch.look(now, &seen, CopyMode::WriteBlocking, false, false), Verdict::Silent);
+        }
+    }
+
+    #[test]
+    fn a_silent_peer_is_cut_off_sooner_when_the_guest_waits_for_it() {
+        for (mode, bound) in [(CopyMode::Background, 30), (CopyMode::WriteBlocking, 4)] {
+            let start = Instant::now();
+            let mut watch = watch(start);
+            let seen = progress(10, 100, 1000);
+            for second in 0..bound {
+                let verdict = watch.look(start + SECOND * second, &seen, mode, false, false);
+                assert_ne!(verdict, Verdict::Silent, "{mode:?} {second}");
+            }
+            let verdict = watch.look(start + SECOND * bound, &seen, mode, false, false);
+            assert_eq!(verdict, Verdict::Silent, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_owes_nothing_may_be_silent_until_something_is_drained() {
+        let start = Instant::now();
+        let mut watch = watch(start);
+        let seen = progress(100, 100, 1000);
+        for second in 0..1000 {
+            let now = start + SECOND * second;
+            assert_eq!(watch.look(now, &seen, CopyMode::WriteBlocking, true, false), Verdict::Fine);
+        }
+        let drain = start + SECOND * 999;
+        watch.look(drain, &seen, CopyMode::WriteBlocking, true, true);
+        let verdict = watch.look(drain + SECOND * 5, &seen, CopyMode::WriteBlocking, true, true);
+        assert_eq!(verdict, Verdict::Silent);
+    }
+
+    #[test]
+    fn an_empty_disk_that_is_ready_owes_nothing() {
+        let start = Instant::now();
+        let mut watch = watch(start);
+        for second in 0..100 {
+            let now = start + SECOND * second;
+            assert_eq!(watch.look(now, &progress(0, 0, 100), CopyMode::Background, true, false), Verdict::Fine);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_outruns_the_link_is_noticed_before_and_after_ready() {
+        for (ready, rest) in [(false, 1 << 20), (true, 1 << 30)] {
+            let start = Instant::now();
+            let mut watch = watch(start);
+            let mut verdict = Verdict::Fine;
+            for second in 0..5_u64 {
+                // What is copied grows, but so does what is to be copied.
+                let seen = progress(1000 + second, 1000 + second + rest, second);
+                verdict = watch.look(start + SECOND * second as u32, &seen, CopyMode::Background, ready, false);
+            }
+            assert_eq!(verdict, Verdict::Outrun, "{ready}");
+        }
+    }
+
+    #[test]
+    fn a_bulk_copy_that_shrinks_is_left_in_the_background() {
+        let start = Instant::now();
+        let mut watch = watch(start);
+        for second in 0..100_u64 {
+            let now = start + SECOND * second as u32;
+            let seen = progress(second + 1, 1000, second);
+            assert_eq!(watch.look(now, &seen, CopyMode::Background, false, false), Verdict::Fine);
+        }
+    }
+}
