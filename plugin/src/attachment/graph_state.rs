@@ -115,7 +115,10 @@ impl Attachment {
         let Err(error) = graph::flush_and_freeze(client, *top, open.nodes.get(1).copied()).await else {
             return Ok(());
         };
-        let Error::Qmp { desc: reason, .. } = &error else { return Err(error) };
+        if !matches!(error, Error::Qmp { .. } | Error::NoSpace { .. }) {
+            return Err(error);
+        }
+        let reason = error.chain();
         let writers = self.state.domains.iter().filter(|(_, usage)| usage.mode() == Some(Mode::ReadWrite));
         let unflushed: Vec<_> = writers.map(|(domain, _)| (domain.clone(), reason.clone())).collect();
         self.state.unflushed.extend(unflushed);

@@ -120,8 +120,9 @@ impl Attachment {
     ///
     /// When the daemon's process does not end.
     pub async fn stop(&mut self) -> Result<()> {
-        if let Some(process) = self.state.daemon {
-            daemon::stop(&self.host, &self.directory, &process).await?;
+        match &self.state.daemon {
+            Some(process) => daemon::stop(&self.host, &self.directory, process).await?,
+            None => daemon::remove_files(&self.directory)?,
         }
         self.state.daemon = None;
         self.state.open = None;

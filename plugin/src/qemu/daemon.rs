@@ -202,7 +202,11 @@ fn is_in(pid: i32, directory: &Path) -> bool {
 }
 
 /// Removes the files of a daemon that has ended.
-fn remove_files(directory: &Path) -> Result<()> {
+///
+/// # Errors
+///
+/// When one cannot be removed.
+pub fn remove_files(directory: &Path) -> Result<()> {
     for name in FILES {
         let path = directory.join(name);
         match fs::remove_file(&path) {
