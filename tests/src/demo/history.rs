@@ -16,7 +16,7 @@ use crate::nbd::Client;
 use crate::plan::{Extent, Machine};
 
 /// The disk's size in bytes.
-pub const DISK: u64 = 192 << 20;
+pub const DISK: u64 = 128 << 20;
 /// Where the guest writes its records.
 pub const GUEST_REGION: Extent = Extent { offset: FILESYSTEM, length: DISK - FILESYSTEM };
 /// The snapshots, in the order in which they are taken.
@@ -31,10 +31,10 @@ const STEPS: [(&str, &str); 4] = [
 ];
 
 /// The file system's size in bytes.
-const FILESYSTEM: u64 = 160 << 20;
+const FILESYSTEM: u64 = 96 << 20;
 /// Bytes of files at first, and the bytes that each step adds.
-const AT_FIRST: u64 = 32 << 20;
-const EACH_STEP: u64 = 8 << 20;
+const AT_FIRST: u64 = 16 << 20;
+const EACH_STEP: u64 = 4 << 20;
 
 const BLOCK: usize = 4096;
 const PIECE: usize = 1 << 20;
