@@ -123,8 +123,8 @@ fn tell(call: &CallRecord) -> String {
     let took = call.ended.map_or(0.0, |ended| ended.saturating_sub(call.started).as_secs_f64());
     let mut answer = match &call.answer {
         None => "no answer yet".to_owned(),
-        Some(Ok(answer)) => format!("{answer:?}"),
-        Some(Err(failure)) => format!("{failure:?}"),
+        Some(Ok(answer)) => answer.to_string(),
+        Some(Err(failure)) => failure.to_string(),
     };
     if let Some((end, _)) = answer.char_indices().nth(ANSWER_TOLD) {
         answer.truncate(end);
