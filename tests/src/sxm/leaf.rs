@@ -151,6 +151,7 @@ pub(super) async fn wait_for_mirror(
             return Err(Error::Mirror("Mirror failed during syncing".to_owned()));
         }
         if let Some(poll) = poll {
+            // The published walk does not look here; that it does makes every point of it a place to stop.
             ctx.cancel.check()?;
             tokio::time::sleep(poll).await;
         }

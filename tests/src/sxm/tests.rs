@@ -38,6 +38,21 @@ struct World {
 
 const SIZE: u64 = 1 << 20;
 
+impl Drop for World {
+    /// A test that failed leaves no daemon behind.
+    fn drop(&mut self) {
+        for sr in ["s1", "s2"] {
+            for volume in std::fs::read_dir(self.dir.path().join(sr)).into_iter().flatten().flatten() {
+                let pid =
+                    std::fs::read_to_string(volume.path().join("pid")).ok().and_then(|pid| pid.trim().parse().ok());
+                if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+                }
+            }
+        }
+    }
+}
+
 async fn world(same_host: bool) -> World {
     let dir = tempfile::Builder::new().prefix("fx-").tempdir_in("/tmp").unwrap();
     let script: PathBuf = dir.path().join("script");

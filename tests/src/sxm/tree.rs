@@ -125,13 +125,15 @@ impl Walk<'_> {
             self.release(node, &dp).await?;
             let snapshot = ctx.destination.vdi_snapshot(&ctx.dbg, &ctx.sr, &working.info).await?;
             ctx.destination.vdi_set_content_id(&ctx.dbg, &ctx.sr, &snapshot.vdi, &content_id).await?;
-            Ok(VdiInfo { content_id, ty: working.info.ty.clone(), ..snapshot })
+            // Its type is whatever the plugin answered, before the keys were set.
+            Ok(VdiInfo { content_id, ..snapshot })
         }
         .await;
         match mirrored {
             Ok(snapshot) => {
                 self.made.push(snapshot.vdi.clone());
-                self.relations.push(Relation { source: node.vdi.clone(), copy: snapshot.clone() });
+                let copy = VdiInfo { ty: working.info.ty.clone(), ..snapshot.clone() };
+                self.relations.push(Relation { source: node.vdi.clone(), copy });
                 ctx.tell(Event::Arrived { source: node.vdi.clone(), destination: snapshot.vdi.clone() });
                 Ok(snapshot)
             }

@@ -190,6 +190,12 @@ impl Json {
     }
 }
 
+impl fmt::Display for Json {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.encode())
+    }
+}
+
 impl From<&str> for Json {
     fn from(s: &str) -> Self {
         Self::String(s.to_owned())
