@@ -13,7 +13,7 @@ help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 # The dev profile: a demo that starts sooner matters more than one that runs faster.
-demo: dependencies-demo ## Migrate a running VM's disk with its snapshots, and check every byte
+demo: dependencies-demo ## Migrate a running VM's disk with its snapshots, and check every byte (DEMO="--flow base")
 	$(CARGO) build --workspace
 	target/debug/fake-xapi demo $(DEMO)
 
