@@ -253,8 +253,9 @@ async fn unwind(ctx: &Ctx<'_>, done: &[Done], mut error: Error) -> Error {
     for done in done.iter().rev() {
         if let Some(id) = &done.id {
             match mirror_stat(&ctx.source, &ctx.dbg, id).await {
-                // Not guarded in xapi: what is raised here takes the place of the first error, and nothing is stopped.
-                Err(other) => error = other,
+                // Not guarded in xapi: nothing is stopped then, and the user sees this error instead of the first. The
+                // first is what a reader of a report wants.
+                Err(other) => tracing::warn!(%other, %id, "DATA.MIRROR.stat failed"),
                 Ok(failed) => {
                     if let Err(error) = cleanup::stop(&ctx.source, &ctx.dbg, id).await {
                         tracing::warn!(%error, %id, "stop failed");
