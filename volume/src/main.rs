@@ -31,6 +31,7 @@ const METHODS: &[Method] = &[
     Method { name: "Volume.create", call: |host, request| typed(host, request, vol::create::execute) },
     Method { name: "Volume.destroy", call: |host, request| typed(host, request, vol::destroy::execute) },
     Method { name: "Volume.resize", call: |host, request| typed(host, request, vol::resize::execute) },
+    Method { name: "Volume.revert", call: |host, request| typed(host, request, vol::revert::execute) },
     Method { name: "Volume.set", call: |host, request| typed(host, request, vol::set::execute) },
     Method {
         name: "Volume.set_description",

@@ -1,5 +1,6 @@
 //! A tree that was read, and one whose lock is held.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -185,6 +186,22 @@ impl LockedTree {
         if committed.is_err() {
             self.sweep(change.volumes.keys().copied());
         }
+        committed
+    }
+
+    /// Takes a volume that nobody has open back to what a snapshot holds; see [`plan::reverted`].
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be done; the volume is then as before.
+    pub fn revert(&mut self, key: VolumeKey, snapshot: VolumeKey) -> Result<()> {
+        let overlay = NodeId::random();
+        let after = plan::reverted(&self.tree, key, snapshot, overlay)?;
+        let node = after.node(overlay)?.clone();
+        let made = Change { nodes: BTreeMap::from([(overlay, node)]), ..Change::default() };
+        self.prepare(&made)?;
+        let committed = self.commit(after);
+        self.sweep([]);
         committed
     }
 

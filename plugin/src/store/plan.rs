@@ -147,6 +147,30 @@ pub fn rolled_back(tree: &Tree) -> Tree {
     Tree { intent: None, ..tree.clone() }
 }
 
+/// Plans a volume's return to what a snapshot holds: the volume, with all that xapi knows of it, moves to the new
+/// empty node `overlay` on the snapshot's node and has the snapshot's size. What only the old state needed goes.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`] for the volume; [`Error::Unsupported`] when the snapshot is not in this tree: xapi
+/// then reverts by a clone (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`). [`Error::BadRequest`] for the volume itself.
+pub fn reverted(tree: &Tree, key: VolumeKey, snapshot: VolumeKey, overlay: NodeId) -> Result<Tree> {
+    if key == snapshot {
+        return Err(Error::BadRequest(format!("volume {key} cannot be reverted to itself")));
+    }
+    let old = tree.volume(key)?.node;
+    let kept = tree.volumes.get(&snapshot).ok_or_else(|| {
+        Error::Unsupported(format!("reverting volume {key} to {snapshot}, which is of another disk"))
+    })?;
+    let virtual_size = tree.node(kept.node)?.virtual_size;
+    let parent = Some(kept.node);
+    let mut after = tree.clone();
+    after.nodes.insert(overlay, Node { parent, virtual_size });
+    after.volume_mut(key)?.node = overlay;
+    prune(&mut after, old);
+    Ok(after)
+}
+
 /// Plans a volume's end: it goes, and with it every node that then has neither volume nor children. `None` when it
 /// is the last volume, and the whole tree goes.
 ///
@@ -155,18 +179,24 @@ pub fn rolled_back(tree: &Tree) -> Tree {
 /// [`Error::VolumeDoesNotExist`].
 pub fn destroyed(tree: &Tree, key: VolumeKey) -> Result<Option<Tree>> {
     let mut after = tree.clone();
-    let mut node = Some(tree.volume(key)?.node);
+    let node = tree.volume(key)?.node;
     after.volumes.remove(&key);
     if after.volumes.is_empty() {
         return Ok(None);
     }
+    prune(&mut after, node);
+    Ok(Some(after))
+}
+
+/// Removes a node that neither a volume nor another node needs, and then those below it likewise.
+fn prune(tree: &mut Tree, from: NodeId) {
+    let mut node = Some(from);
     while let Some(id) = node {
-        if after.is_frozen(id) || after.volumes.values().any(|volume| volume.node == id) {
+        if tree.is_frozen(id) || tree.volumes.values().any(|volume| volume.node == id) {
             break;
         }
-        node = after.nodes.remove(&id).and_then(|removed| removed.parent);
+        node = tree.nodes.remove(&id).and_then(|removed| removed.parent);
     }
-    Ok(Some(after))
 }
 
 #[cfg(test)]
@@ -185,6 +215,7 @@ mod tests {
         SwitchForward,
         SwitchBack,
         Resize,
+        Revert,
         Destroy,
     }
 
@@ -196,6 +227,7 @@ mod tests {
             1 => Just(Step::SwitchForward),
             1 => Just(Step::SwitchBack),
             1 => Just(Step::Resize),
+            2 => Just(Step::Revert),
             3 => Just(Step::Destroy),
         ]
     }
@@ -243,6 +275,14 @@ mod tests {
                 let virtual_size = tree.nodes[&node].virtual_size + SIZE_UNIT;
                 rolled_forward(&with_intent(tree, Intent::Resize { volume: key, node, virtual_size }).unwrap())
             }
+            Step::Revert => match tree.volumes.keys().find(|other| **other != key) {
+                Some(other) => {
+                    let after = reverted(tree, key, *other, NodeId::random()).unwrap();
+                    assert_eq!(chain(&after, key)[1..], chain(tree, *other));
+                    after
+                }
+                None => tree.clone(),
+            },
             Step::Destroy => return destroyed(tree, key).unwrap(),
         })
     }
@@ -264,7 +304,7 @@ mod tests {
                 for other in keys.into_iter().filter(|other| *other != key) {
                     prop_assert_eq!(chain(&after, other), chain(&tree, other), "{:?}", step);
                 }
-                if after.volumes.contains_key(&key) {
+                if after.volumes.contains_key(&key) && !matches!(step, Step::Revert) {
                     let (before, now) = (chain(&tree, key), chain(&after, key));
                     prop_assert!(now.ends_with(&before) && now.len() <= before.len() + 1, "{:?}", step);
                 }

@@ -8,7 +8,8 @@ use plugin::smapi::QueryResult;
 use serde::Deserialize;
 
 /// What works, beside what xapi-storage-script sees by the scripts that are there.
-const FEATURES: &[&str] = &["VDI_MIRROR", "VDI_MIRROR_IN", "VDI_ACTIVATE_READONLY", "THIN_PROVISIONING", "LARGE_VDI"];
+const FEATURES: &[&str] =
+    &["VDI_MIRROR", "VDI_MIRROR_IN", "VDI_REVERT", "VDI_ACTIVATE_READONLY", "THIN_PROVISIONING", "LARGE_VDI"];
 
 /// Nothing is asked.
 #[derive(Debug, Deserialize)]

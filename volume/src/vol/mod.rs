@@ -4,6 +4,7 @@ pub mod clone;
 pub mod create;
 pub mod destroy;
 pub mod resize;
+pub mod revert;
 pub mod set;
 pub mod set_description;
 pub mod set_name;

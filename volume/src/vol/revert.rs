@@ -1,0 +1,44 @@
+//! Volume.revert: takes a volume back to what a snapshot holds.
+
+use plugin::error::{Error, Result};
+use plugin::host::Host;
+use plugin::mirror;
+use serde::Deserialize;
+
+use crate::request::{SrName, VolumeName};
+use crate::usage::{self, Usage};
+
+/// The volume, `key`, and the snapshot of it.
+#[derive(Debug, Deserialize)]
+pub struct Parameters {
+    sr: SrName,
+    snapshot: VolumeName,
+    key: VolumeName,
+}
+
+/// Gives the volume the content and the size of the snapshot; its key, names and xapi's keys stay, and so do the
+/// snapshot and everything else in the tree. What the volume held before is gone. Again, it does the same again.
+///
+/// The snapshot is any other volume of the same disk's tree.
+///
+/// # Errors
+///
+/// [`Error::VolumeInUse`] or [`Error::ActivatedOnAnotherHost`] while the volume is open anywhere: xapi shuts a VM down
+/// before it reverts it (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`). [`Error::Unsupported`] for a snapshot of another
+/// disk. The volume is then as before.
+pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
+    let sr = parameters.sr.open(host)?;
+    let (key, snapshot) = (parameters.key.key()?, parameters.snapshot.key()?);
+    sr.load(snapshot)?;
+    mirror::reap(host, key)?;
+    let mut tree = sr.lock(host, key)?;
+    usage::refuse_mirrored(host, key)?;
+    match Usage::of(host, &tree, key)? {
+        Usage::Idle => tree.revert(key, snapshot),
+        Usage::Here(_) => {
+            let reason = "it is active on this host".to_owned();
+            Err(Error::VolumeInUse { volume: key.to_string(), reason })
+        }
+        Usage::Elsewhere(holder, _) => Err(Error::ActivatedOnAnotherHost { volume: key.to_string(), host: holder }),
+    }
+}
