@@ -174,7 +174,8 @@ impl Client {
         if read_only {
             command.arg("-r");
         }
-        command.args(["-f", "raw", &scene.nbd()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // Else each write is flushed.
+        command.args(["-t", "writeback", "-f", "raw", &scene.nbd()]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (stdin, stdout) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         let mut client = Self { child, stdin, stdout };
