@@ -271,16 +271,142 @@ pub fn names(directory: &Path) -> Vec<String> {
 
 /// Writes a pattern into an image that nobody has open.
 pub fn write(image: &Path, pattern: u8, offset: u64, length: u64) {
-    qemu_io(image, &format!("write -P {pattern} {offset} {length}"));
+    qemu_io(image, &[], &format!("write -P {pattern} {offset} {length}"));
 }
 
 /// Checks that an image's chain reads as a pattern.
 pub fn assert_reads(image: &Path, pattern: u8, offset: u64, length: u64) {
-    qemu_io(image, &format!("read -P {pattern} {offset} {length}"));
+    qemu_io(image, &["-r", "-U"], &format!("read -P {pattern} {offset} {length}"));
 }
 
-fn qemu_io(image: &Path, command: &str) {
-    let output = Command::new("qemu-io").args(["-f", "qcow2", "-c", command]).arg(image).output().unwrap();
+fn qemu_io(image: &Path, mode: &[&str], command: &str) {
+    let output = Command::new("qemu-io").args(mode).args(["-f", "qcow2", "-c", command]).arg(image).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && !text.contains("verification failed"), "{command}: {text} {output:?}");
+}
+
+/// System calls that change what is on disk.
+pub const CHANGING: &str = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,symlink,symlinkat,mkdir,\
+                            mkdirat,ftruncate,fallocate,write,openat,flock,clone3,vfork";
+
+/// The same, and those that talk to a daemon.
+pub const SPEAKING: &str = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,symlink,symlinkat,mkdir,\
+                            mkdirat,ftruncate,fallocate,write,sendto,sendmsg,recvfrom,connect,flock,clone3,vfork";
+
+impl Host {
+    /// Makes a call that is killed at its n-th of some system calls; false when it was through before. `None` without
+    /// strace, by which this is done.
+    pub fn killed_at(&self, method: &str, request: &Value, calls: &str, n: u32) -> Option<bool> {
+        // Only the executable itself is followed: a qemu-img that it started lives on, as it does in earnest.
+        let mut child = Command::new("strace")
+            .args(["-qq", "-o", "/dev/null", "-e"])
+            .arg(format!("inject={calls}:signal=KILL:when={n}"))
+            .arg(env!("CARGO_BIN_EXE_xapi-storage-qcow2-volume"))
+            .args([method, "--json"])
+            .env("XAPI_STORAGE_QCOW2_ROOT", &self.root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .ok()?;
+        let _ = child.stdin.take().unwrap().write_all(request.to_string().as_bytes());
+        let output = child.wait_with_output().unwrap();
+        if output.status.success() {
+            return Some(false);
+        }
+        let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
+        assert_eq!(signal, Some(9), "{method}: {output:?}");
+        Some(true)
+    }
+}
+
+impl Bench {
+    /// Checks what can be checked while volumes are open: what is listed has its files.
+    pub fn check_records(&self) {
+        for key in self.keys() {
+            let tree = self.tree(&key);
+            assert_eq!(tree.get("intent"), None, "{tree}");
+            for node in tree["nodes"].as_object().unwrap().keys() {
+                assert!(self.tree_directory(&key).join(format!("{node}.qcow2")).exists());
+            }
+        }
+    }
+}
+
+/// A guest: one connection to an export, which every request and its answer go through.
+pub struct Guest {
+    child: Child,
+    answers: std::io::BufReader<std::process::ChildStdout>,
+}
+
+impl Guest {
+    /// Connects to an export.
+    pub fn connect(socket: &Path, export: &str, writable: bool) -> Self {
+        let uri = format!("nbd+unix:///{export}?socket={}", socket.display());
+        let mut child = Command::new("qemu-io")
+            .args(if writable { &[][..] } else { &["-r"] })
+            .args(["-f", "raw", &uri])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let answers = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut guest = Self { child, answers };
+        // An answer shows that it is connected.
+        guest.ask("length", "iB");
+        guest
+    }
+
+    /// Writes a pattern and waits until it is on the disk.
+    pub fn write(&mut self, pattern: u8, offset: u64, length: u64) {
+        // One command at a time: qemu-io looks at its input again only when more comes.
+        self.ask(&format!("write -f -P {pattern} {offset} {length}"), "ops");
+    }
+
+    /// Reads a pattern.
+    pub fn read(&mut self, pattern: u8, offset: u64, length: u64) {
+        self.ask(&format!("read -P {pattern} {offset} {length}"), "ops");
+    }
+
+    /// Disconnects, as a guest that shuts down.
+    pub fn disconnect(mut self) {
+        self.send("quit");
+        assert!(self.child.wait().unwrap().success());
+    }
+
+    /// Ends the guest whose disk is gone.
+    pub fn abandon(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    fn send(&mut self, command: &str) {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        stdin.write_all(format!("{command}\n").as_bytes()).unwrap();
+        stdin.flush().unwrap();
+    }
+
+    /// Gives a command and reads up to a line that has the word of its success.
+    fn ask(&mut self, command: &str, success: &str) {
+        use std::io::BufRead;
+        self.send(command);
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.answers.read_line(&mut line).unwrap(), 0, "{command}: the guest ended");
+            for failure in ["failed", "Error", "error", "No space"] {
+                assert!(!line.contains(failure), "{command}: {line}");
+            }
+            if line.contains(success) {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
