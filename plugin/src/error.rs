@@ -3,7 +3,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::io::Errno;
 use uuid::Uuid;
 
 /// A result with this crate's [`Error`], unless another is given.
@@ -180,9 +179,12 @@ impl Error {
     /// Makes an error of a failed system call, told apart by what xapi must know of it.
     pub fn io(doing: impl Into<String>, source: io::Error) -> Self {
         let doing = doing.into();
-        match Errno::from_io_error(&source) {
-            Some(Errno::NOSPC | Errno::DQUOT) => Self::NoSpace { doing, source: Some(source) },
-            Some(Errno::ROFS) => Self::ReadOnlyFileSystem { doing, source },
+        // The kind, and not the system's number, survives where tempfile puts a path around an error.
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::NoSpace { doing, source: Some(source) }
+            }
+            io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnlyFileSystem { doing, source },
             _ => Self::Io { doing, source },
         }
     }
@@ -248,7 +250,15 @@ impl Error {
 
 #[cfg(test)]
 mod tests {
+    use rustix::io::Errno;
+
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_when_another_error_is_around_it() {
+        let around = io::Error::new(io::Error::from(Errno::NOSPC).kind(), "more words");
+        assert_eq!(Error::io("writing x", around).code().0, "SR_BACKEND_FAILURE_44");
+    }
 
     #[test]
     fn a_full_disk_is_told_apart_from_other_failures() {

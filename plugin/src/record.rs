@@ -120,14 +120,20 @@ pub fn reserve(spare: &Path, bytes: u64) -> Result<()> {
     let reserving = |error: io::Error| Error::on("reserving space in", spare)(error);
     let mut file =
         OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(spare).map_err(reserving)?;
-    if file.metadata().map_err(reserving)?.len() >= bytes {
+    let before = file.metadata().map_err(reserving)?.len();
+    if before >= bytes {
         return Ok(());
     }
-    match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+    let reserved = match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
         // NFS before 4.2 has no such call.
-        Err(Errno::OPNOTSUPP) => io::copy(&mut io::repeat(0).take(bytes), &mut file).map(drop).map_err(reserving),
-        result => result.map_err(|error| reserving(error.into())),
-    }
+        Err(Errno::OPNOTSUPP) => io::copy(&mut io::repeat(0).take(bytes), &mut file).map(drop),
+        result => result.map_err(io::Error::from),
+    };
+    reserved.map_err(|error| {
+        // A part of what was asked for is not kept from others.
+        drop(file.set_len(before));
+        reserving(error)
+    })
 }
 
 /// Puts an encoded record in place, durably, in the blocks that [`reserve`] set aside; the spare file is gone then.

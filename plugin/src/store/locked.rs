@@ -126,11 +126,21 @@ impl LockedTree {
             _ => {}
         }
         match record::replace(&path, &bytes, Durability::Durable) {
-            Err(Error::NoSpace { .. }) if !grows => record::replace_with(&spare, &path, &bytes)?,
+            Err(Error::NoSpace { .. }) if !grows => {
+                record::replace_with(&spare, &path, &bytes)?;
+                self.reserve_again(bytes.len());
+            }
             result => result?,
         }
         self.loaded.tree = tree;
         Ok(())
+    }
+
+    /// Sets blocks aside anew, where there are any: others wait for them too.
+    fn reserve_again(&self, record: usize) {
+        if let Err(error) = record::reserve(&spare_path(&self.directory), spare_size(record)) {
+            tracing::warn!(error = error.chain(), "the next call may not find space for its record");
+        }
     }
 
     /// Changes a volume's record and commits it, unless nothing changed.
