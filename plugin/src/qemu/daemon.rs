@@ -29,6 +29,9 @@ use crate::host::{Host, Launch, Process, Settings};
 /// How long a daemon may take to end after it was asked to, before it is asked less kindly.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// How long a new daemon may take to answer its first client; it takes milliseconds.
+const FIRST_ANSWER: Duration = Duration::from_secs(3);
+
 /// The files of a daemon, without its log.
 const FILES: [&str; 4] = ["qmp.sock", "mirror.sock", "nbd.sock", "daemon.pid"];
 
@@ -80,16 +83,24 @@ pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process>
         tracing::warn!(pid = stray.pid, "killing a storage daemon that no record tells of");
         stray.kill(host, settings.qmp())?;
     }
-    remove_files(directory)?;
     let program = program::find("qemu-storage-daemon")?;
     let arguments = arguments(directory)?;
-    let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start(host)?;
-    match make_ready(host, &process, directory, &settings).await {
-        Ok(()) => Ok(process),
-        Err(first) => match process.kill(host, settings.qmp()) {
-            Ok(()) => Err(first),
-            Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-        },
+    let deadline = Instant::now() + settings.qmp();
+    loop {
+        remove_files(directory)?;
+        let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start(host)?;
+        let (error, is_deaf) = match make_ready(host, &process, directory, &settings, deadline).await {
+            Ok(()) => return Ok(process),
+            Err(Startup::Deaf(error)) => (error, true),
+            Err(Startup::Failed(error)) => (error, false),
+        };
+        if let Err(undo) = process.kill(host, settings.qmp()) {
+            return Err(Error::Undo { first: Box::new(error), undo: Box::new(undo) });
+        }
+        if !is_deaf || Instant::now() >= deadline {
+            return Err(error);
+        }
+        tracing::warn!(error = error.chain(), "a new storage daemon does not answer: starting another");
     }
 }
 
@@ -129,34 +140,65 @@ async fn quit(directory: &Path) -> Result<()> {
     client.execute("quit", ()).await.map(drop)
 }
 
-/// Waits until the daemon answers, and starts its NBD server.
-async fn make_ready(host: &Host, process: &Process, directory: &Path, settings: &Settings) -> Result<()> {
-    let sockets = Sockets::of(directory);
-    let deadline = Instant::now() + settings.qmp();
-    let client = loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        match Client::connect(&sockets.qmp(), left).await {
-            Ok(client) => break client,
-            Err(error) if !process.is_alive(host) => return Err(ended(directory, &error)),
-            // The socket is not there yet, or nobody listens on it yet.
-            Err(Error::Io { .. }) if !left.is_zero() => sleep(Duration::from_millis(1)).await,
-            Err(error) => return Err(error),
-        }
-    };
-    let address = json!({"type": "unix", "data": {"path": text(&sockets.nbd())?}});
-    let patient = json!({"addr": address, "handshake-max-seconds": settings.handshake_seconds});
-    match client.execute("nbd-server-start", patient).await {
-        // QEMU before 9.2 has no such bound, and no such parameter.
-        Err(Error::Qmp { .. }) => client.execute("nbd-server-start", json!({"addr": address})).await.map(drop),
-        result => result.map(drop),
+/// Why a daemon that was started cannot be used.
+enum Startup {
+    /// Its monitor does not answer, which another one's may.
+    Deaf(Error),
+    /// It cannot start, or refuses.
+    Failed(Error),
+}
+
+impl From<Error> for Startup {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
     }
 }
 
+/// Waits until the daemon answers, and starts its NBD server.
+///
+/// Nobody connects before the pid file says that the daemon has set itself up: QEMU moves a monitor's socket from the
+/// main thread to the monitors' own, and a client that comes in just then is accepted and never answered (seen with
+/// 10.0, once in some hundred starts on a busy machine). The move may end a little after the file is there, so that
+/// a first connection which is not answered soon is given up with its daemon.
+async fn make_ready(
+    host: &Host,
+    process: &Process,
+    directory: &Path,
+    settings: &Settings,
+    deadline: Instant,
+) -> Result<(), Startup> {
+    let sockets = Sockets::of(directory);
+    while !directory.join("daemon.pid").exists() {
+        if !process.is_alive(host) {
+            return Err(ended(directory).into());
+        }
+        if Instant::now() >= deadline {
+            let doing = "starting the storage daemon".to_owned();
+            return Err(Error::Timeout { doing, seconds: settings.qmp_seconds }.into());
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+    let client = match Client::connect(&sockets.qmp(), FIRST_ANSWER.min(settings.qmp())).await {
+        Ok(client) => client,
+        Err(_) if !process.is_alive(host) => return Err(ended(directory).into()),
+        Err(error) => return Err(Startup::Deaf(error)),
+    };
+    let address = json!({"type": "unix", "data": {"path": text(&sockets.nbd())?}});
+    let patient = json!({"addr": address, "handshake-max-seconds": settings.handshake_seconds});
+    let start = |arguments| client.execute_within(settings.qmp(), "nbd-server-start", arguments);
+    match start(patient).await {
+        // QEMU before 9.2 has no such bound, and no such parameter.
+        Err(Error::Qmp { .. }) => drop(start(json!({"addr": address})).await?),
+        result => drop(result?),
+    }
+    Ok(())
+}
+
 /// Makes the error for a daemon that ended instead of answering, with its last words.
-fn ended(directory: &Path, error: &Error) -> Error {
+fn ended(directory: &Path) -> Error {
     let log = fs::read(directory.join("daemon.log")).unwrap_or_default();
     let text = String::from_utf8_lossy(&log[log.len().saturating_sub(QUOTED)..]).trim().to_owned();
-    let reason = if text.is_empty() { error.chain() } else { text };
+    let reason = if text.is_empty() { "it ended at once".to_owned() } else { text };
     Error::Qemu { doing: "starting the storage daemon".to_owned(), reason }
 }
 
