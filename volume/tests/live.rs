@@ -5,13 +5,13 @@
 mod support;
 
 use std::fs;
-use std::process::Command;
 
 use plugin::activation;
 use plugin::attachment::Attachment;
 use plugin::host::Host;
 use plugin::id::{Domain, VolumeUri};
 use plugin::store::Mode;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use support::{Bench, Guest, MIB, assert_reads, key};
 
@@ -255,8 +255,8 @@ fn a_snapshot_whose_daemon_dies_with_it_keeps_what_was_written() {
     let state: Value =
         serde_json::from_slice(&fs::read(active.host.volume_dir(active.uri.volume).join("state.json")).unwrap())
             .unwrap();
-    let daemon = state["daemon"]["pid"].to_string();
-    assert!(Command::new("kill").args(["-9", &daemon]).status().unwrap().success());
+    let daemon = i32::try_from(state["daemon"]["pid"].as_i64().unwrap()).unwrap();
+    kill_process(Pid::from_raw(daemon).unwrap(), Signal::KILL).unwrap();
     guest.abandon();
     while plugin::attachment::Attachment::lock_existing(&active.host, active.uri.volume).unwrap().unwrap().is_alive()
     {

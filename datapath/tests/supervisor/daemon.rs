@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// A storage daemon that is killed when dropped.
@@ -61,7 +62,8 @@ impl Daemon {
         lines.next();
         let mut answer = Value::Null;
         for request in [json!({"execute": "qmp_capabilities"}), json!({"execute": command, "arguments": arguments})] {
-            writeln!(stream, "{request}").unwrap();
+            // In one write: a daemon that quits does so at the last brace, and does not read the line's end.
+            stream.write_all(format!("{request}\n").as_bytes()).unwrap();
             answer = loop {
                 let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
                 if line.get("event").is_none() {
@@ -185,8 +187,8 @@ pub fn compare(one: &Path, other: &Path) {
     run(Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "qcow2"]).arg(one).arg(other));
 }
 
-pub fn signal(pid: u32, signal: &str) {
-    run(Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()));
+pub fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
 }
 
 fn run(command: &mut Command) {

@@ -16,6 +16,7 @@ use plugin::host::Host;
 use plugin::id::{MirrorKey, NodeId, SrUuid, VolumeKey};
 use plugin::mirror::{self, CopyMode, How, MirrorRecord, Phase, Progress};
 use plugin::record::Record;
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 const SIZE: u64 = 32 << 20;
@@ -310,7 +311,7 @@ fn a_stopped_supervisor_is_killed_by_whoever_ends_its_mirror() {
     let mut scene = Scene::new(r#"{"drain_seconds": 1}"#);
     let key = scene.mirror(true);
     scene.wait_for(key, &[Phase::Ready]);
-    daemon::signal(scene.supervisors[0].id(), "STOP");
+    daemon::signal(scene.supervisors[0].id(), Signal::STOP);
     let record = mirror::end(&scene.host, &scene.record(key), How::Cancel, "test").unwrap();
     assert_eq!(record.phase, Phase::Failed);
     scene.assert_source_serves();
