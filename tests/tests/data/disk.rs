@@ -104,7 +104,8 @@ fn a_branch_that_became_a_chain_is_another_topology() {
     let destination = Made::new(&[("k", None, Some("K")), ("l", Some("k"), Some("L")), ("m", Some("l"), Some("M"))]);
     let judgement = judge(source.path(), destination.path(), &pairs(), Shape::Same).unwrap();
     assert!(!judgement.topology);
-    let flat = judge(source.path(), source.path(), &[pairs()[0].clone()], Shape::Flat).unwrap();
+    let itself = pairs().into_iter().map(|pair| Pair { destination: pair.source.clone(), ..pair }).next().unwrap();
+    let flat = judge(source.path(), source.path(), &[itself], Shape::Flat).unwrap();
     assert!(flat.topology);
     assert!(
         judgement.problems.iter().any(|problem| problem.starts_with("disk is based on two, not on one")),
