@@ -101,7 +101,13 @@ async fn migrate(plan: &PathBuf, run: &Run) -> Result<bool> {
 
 /// Runs, tells people on standard output, writes the report; true if everything holds.
 async fn perform(subject: Subject, run: &Run) -> Result<bool> {
-    let settings = Settings { binaries: binaries(run)?, flow: run.flow.into(), one_host: run.one_host, poll: None };
+    let settings = Settings {
+        binaries: binaries(run)?,
+        flow: run.flow.into(),
+        one_host: run.one_host,
+        poll: None,
+        place: "/tmp".into(),
+    };
     let outcome = scenario::run(subject, &settings, bars()).await?;
     writeln!(std::io::stdout(), "{outcome}").context("cannot write to standard output")?;
     if let Some(path) = &run.json {

@@ -52,6 +52,8 @@ pub struct Settings {
     pub one_host: bool,
     /// How often the flow asks how far a mirror is; xapi's own pace if not given.
     pub poll: Option<Duration>,
+    /// Where the hosts and their SRs are made: a directory with a short path.
+    pub place: PathBuf,
 }
 
 /// What came of a run.
@@ -70,7 +72,7 @@ pub struct Outcome {
 /// # Errors
 /// If there was nothing to migrate: hosts, SRs, VM or its history could not be made.
 pub async fn run(subject: Subject, settings: &Settings, show: Show) -> Result<Outcome> {
-    let stage = Stage::build(&settings.binaries, settings.one_host).await?;
+    let stage = Stage::build(&settings.binaries, settings.one_host, &settings.place).await?;
     let outcome = on(&stage, subject, settings, show).await;
     stage.close().await;
     outcome

@@ -40,13 +40,14 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Starts the hosts and makes and attaches their SRs.
+    /// Starts the hosts and makes and attaches their SRs, all in a new directory below `place`, whose path is to be
+    /// short: the path of a socket has at most 107 bytes.
     ///
     /// # Errors
     /// If a plugin refuses.
-    pub async fn build(binaries: &Path, one_host: bool) -> Result<Self> {
-        // Directly below /tmp: the path of a socket has at most 107 bytes.
-        let directory = tempfile::Builder::new().prefix("fx-").tempdir_in("/tmp").context("no directory in /tmp")?;
+    pub async fn build(binaries: &Path, one_host: bool, place: &Path) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("fx-").tempdir_in(place);
+        let directory = directory.with_context(|| format!("no directory in {}", place.display()))?;
         let log = CallLog::default();
         let plugins = PluginSource::Binaries(binaries.to_owned());
         let source = Host::start("a", &directory.path().join("a"), &plugins, &log).await.context("host a")?;

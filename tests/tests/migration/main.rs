@@ -25,7 +25,12 @@ fn binaries() -> PathBuf {
 }
 
 async fn migrate(subject: Subject, flow: Flow, one_host: bool) -> Outcome {
-    let settings = Settings { binaries: binaries(), flow, one_host, poll: Some(Duration::from_millis(20)) };
+    migrate_in(Path::new("/tmp"), subject, flow, one_host).await
+}
+
+async fn migrate_in(place: &Path, subject: Subject, flow: Flow, one_host: bool) -> Outcome {
+    let poll = Some(Duration::from_millis(20));
+    let settings = Settings { binaries: binaries(), flow, one_host, poll, place: place.to_owned() };
     run(subject, &settings, Arc::new(|_, _| {})).await.unwrap()
 }
 

@@ -1,38 +1,72 @@
-//! Random plans by every flow; FAKE_XAPI_PLANS says how many a flow.
+//! 201 random plans, a third by each flow, in shards that run side by side.
+//!
+//! The plans are the same on every run. FAKE_XAPI_SEED chooses others, and FAKE_XAPI_PLANS how many a shard tries.
+
+use std::path::{Path, PathBuf};
 
 use fake_xapi::plan::Plan;
 use fake_xapi::scenario::Subject;
 use fake_xapi::sxm::Flow;
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 
 use crate::strategy::plans;
-use crate::{migrate, wrong};
+use crate::{migrate_in, wrong};
 
-fn holds_by(flow: Flow) {
-    let cases = std::env::var("FAKE_XAPI_PLANS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
+/// Plans a shard; three flows have four shards each, and the first of each has one more.
+const PLANS: u32 = 16;
+
+/// Bytes that must be free in memory for the plans to run there.
+const ROOM: u64 = 2 << 30;
+
+fn number(variable: &str) -> Option<u32> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap())
+}
+
+/// Memory, where syncing costs nothing, if there is room; the file systems' own part is for the other tests.
+fn place() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+    if free >= ROOM { memory.to_owned() } else { PathBuf::from("/tmp") }
+}
+
+fn holds(flow: Flow, shard: u8) {
+    let cases = number("FAKE_XAPI_PLANS").unwrap_or(PLANS + u32::from(shard < 3));
+    let mut seed = [shard; 32];
+    seed[..4].copy_from_slice(&number("FAKE_XAPI_SEED").unwrap_or(0).to_le_bytes());
     let config = Config { cases, failure_persistence: None, max_shrink_time: 120_000, ..Config::default() };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let place = place();
     let case = |plan: Plan| {
         let subject = Subject::of(plan.clone()).unwrap();
-        match wrong(&runtime.block_on(migrate(subject, flow, false)).report) {
+        match wrong(&runtime.block_on(migrate_in(&place, subject, flow, false)).report) {
             None => Ok(()),
             Some(report) => Err(TestCaseError::fail(format!("{}\n{report}", plan.to_json()))),
         }
     };
-    TestRunner::new(config).run(&plans(), case).unwrap();
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    TestRunner::new_with_rng(config, rng).run(&plans(), case).unwrap();
 }
 
-#[test]
-fn random_plans_migrate_by_the_flow_leaf() {
-    holds_by(Flow::Leaf);
+macro_rules! shards {
+    ($($name:ident: $flow:ident $shard:literal;)*) => {$(
+        #[test]
+        fn $name() {
+            holds(Flow::$flow, $shard);
+        }
+    )*};
 }
 
-#[test]
-fn random_plans_migrate_by_the_flow_tree() {
-    holds_by(Flow::Tree);
-}
-
-#[test]
-fn random_plans_migrate_by_the_flow_base() {
-    holds_by(Flow::Base);
+shards! {
+    random_plans_by_the_flow_leaf_0: Leaf 0;
+    random_plans_by_the_flow_leaf_1: Leaf 1;
+    random_plans_by_the_flow_leaf_2: Leaf 2;
+    random_plans_by_the_flow_leaf_3: Leaf 3;
+    random_plans_by_the_flow_tree_0: Tree 0;
+    random_plans_by_the_flow_tree_1: Tree 1;
+    random_plans_by_the_flow_tree_2: Tree 2;
+    random_plans_by_the_flow_tree_3: Tree 3;
+    random_plans_by_the_flow_base_0: Base 0;
+    random_plans_by_the_flow_base_1: Base 1;
+    random_plans_by_the_flow_base_2: Base 2;
+    random_plans_by_the_flow_base_3: Base 3;
 }
