@@ -70,16 +70,26 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
 ///
 /// When what was written could not be flushed, or the daemon does not answer; see [`Attachment::deactivate`].
 pub fn deactivate(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
-    with_attachment(host, uri, |attachment| block_on(attachment.deactivate(domain)))
+    let tree = lock_tree(host, uri)?;
+    with_attachment(host, uri, tree, |attachment| block_on(attachment.deactivate(domain)))
 }
 
-/// Detaches a domain, active or not; whatever is not there is detached already.
+/// Detaches a domain, active or not; whatever is not there is detached already. An SR that cannot be read does not
+/// keep its daemons running; a claim that then stays in it is worth nothing to this host.
 ///
 /// # Errors
 ///
 /// Only when the daemon's process does not end, or a lock is held by another for too long.
 pub fn detach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
-    with_attachment(host, uri, |attachment| block_on(attachment.detach(domain)))
+    let tree = match lock_tree(host, uri) {
+        Err(error @ Error::Timeout { .. }) => return Err(error),
+        Err(error) => {
+            tracing::error!(volume = %uri, error = error.chain(), "detaching a volume whose tree cannot be read");
+            None
+        }
+        Ok(tree) => tree,
+    };
+    with_attachment(host, uri, tree, |attachment| block_on(attachment.detach(domain)))
 }
 
 /// Deactivates and detaches a domain: nothing of it stays, and the second is done even when the first fails.
@@ -92,14 +102,22 @@ pub fn release(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
     deactivated.and(detach(host, uri, domain))
 }
 
+/// Locks the tree of a volume; `None` when the volume, or its SR, is not there.
+fn lock_tree(host: &Host, uri: VolumeUri) -> Result<Option<LockedTree>> {
+    match Sr::attached(host, uri.sr).and_then(|sr| sr.lock(host, uri.volume)) {
+        Ok(tree) => Ok(Some(tree)),
+        Err(Error::SrNotAttached(_) | Error::VolumeDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Closes something of a volume, and then takes back what of this host's claim has no open graph behind it.
-fn with_attachment(host: &Host, uri: VolumeUri, close: impl FnOnce(&mut Attachment) -> Result<()>) -> Result<()> {
-    let tree = Sr::attached(host, uri.sr).and_then(|sr| sr.lock(host, uri.volume));
-    let mut tree = match tree {
-        Ok(tree) => Some(tree),
-        Err(Error::SrNotAttached(_) | Error::VolumeDoesNotExist(_)) => None,
-        Err(error) => return Err(error),
-    };
+fn with_attachment(
+    host: &Host,
+    uri: VolumeUri,
+    mut tree: Option<LockedTree>,
+    close: impl FnOnce(&mut Attachment) -> Result<()>,
+) -> Result<()> {
     let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)? else {
         return match &mut tree {
             Some(tree) => set_claim(tree, uri.volume, host.uuid()?, None),

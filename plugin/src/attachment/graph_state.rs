@@ -14,9 +14,9 @@ impl Attachment {
     ///
     /// Where the daemon does not play along, that is kept in `trouble`, and whatever needs the graph fails with it.
     pub(super) fn settle(&mut self) {
-        let Some(Open { phase: Phase::Opening | Phase::Closing | Phase::Exporting, .. }) = self.state.open else {
+        if self.state.open.as_ref().is_none_or(|open| open.phase == Phase::Open) {
             return;
-        };
+        }
         if let Err(error) = qemu::block_on(self.settle_graph()) {
             tracing::warn!(error = error.chain(), "what a killed call left could not be finished");
             self.trouble = Some(error);
@@ -26,7 +26,7 @@ impl Attachment {
     async fn settle_graph(&mut self) -> Result<()> {
         let client = self.client().await?;
         match self.state.open.as_ref().map(|open| open.phase) {
-            Some(Phase::Opening) => {
+            Some(Phase::Opening | Phase::Removing) => {
                 graph::close(&client).await?;
                 self.state.open = None;
                 self.save()
@@ -83,6 +83,11 @@ impl Attachment {
             Mode::ReadWrite => self.flush(client, &open).await,
             Mode::ReadOnly => Ok(()),
         };
+        if !matches!(flushed, Ok(()) | Err(Error::Qmp { .. } | Error::NoSpace { .. })) {
+            // No answer to the flush: the next call asks again.
+            return flushed;
+        }
+        self.set_phase(Phase::Removing)?;
         graph::close(client).await?;
         self.state.open = None;
         self.save()?;

@@ -38,6 +38,9 @@ use crate::store::Mode;
 use state::State;
 pub use state::Use;
 
+/// The file in a volume's runtime directory whose lock is the volume's.
+const LOCK: &str = "lock";
+
 /// A volume's state on this host, with its lock held. Dropped without [`Attachment::attach`] or
 /// [`Attachment::activate`] before, it leaves nothing behind.
 #[derive(Debug)]
@@ -62,7 +65,7 @@ impl Attachment {
         let directory = host.volume_dir(uri.volume);
         loop {
             host.make_runtime_dir(&directory)?;
-            match FileLock::acquire(&directory.join("lock"), settings.lock()) {
+            match FileLock::acquire(&directory.join(LOCK), settings.lock()) {
                 Ok(lock) => return Self::read(host, settings, directory, lock, Some(uri))?.ok_or_else(gone),
                 Err(error) if is_missing(&error) => {}
                 Err(error) => return Err(error),
@@ -78,7 +81,7 @@ impl Attachment {
     pub fn lock_existing(host: &Host, volume: VolumeKey) -> Result<Option<Self>> {
         let settings = host.settings()?;
         let directory = host.volume_dir(volume);
-        match FileLock::acquire(&directory.join("lock"), settings.lock()) {
+        match FileLock::acquire(&directory.join(LOCK), settings.lock()) {
             Ok(lock) => Self::read(host, settings, directory, lock, None),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(error),
@@ -138,7 +141,7 @@ impl Attachment {
             (Some(State { sr, volume, .. }), _) => State::new(VolumeUri { sr, volume }, boot_id),
             (None, Some(uri)) => State::new(uri, boot_id),
             (None, None) => {
-                remove_directory(&directory);
+                remove_directory(host, &settings, &directory);
                 return Ok(None);
             }
         };
@@ -249,18 +252,25 @@ impl Drop for Attachment {
     fn drop(&mut self) {
         // Still under the lock. Without a record nobody uses the volume.
         if !self.directory.join("state.json").exists() {
-            remove_directory(&self.directory);
+            remove_directory(&self.host, &self.settings, &self.directory);
         }
     }
 }
 
-/// Removes the runtime directory of a volume without a record, by who holds its lock.
+/// Removes the runtime directory of a volume without a record, by who holds its lock, with whatever a killed call left
+/// there. What cannot be removed stays for the next call.
 ///
 /// Whoever waits for the lock finds that it is gone, and may make a new one at any moment: then that stays.
-fn remove_directory(directory: &Path) {
-    for name in ["daemon.log", "lock"] {
+fn remove_directory(host: &Host, settings: &Settings, directory: &Path) {
+    if let Err(error) = daemon::kill_strays(host, directory, settings.qmp()) {
+        tracing::error!(error = error.chain(), "a storage daemon that no record tells of is left");
+        return;
+    }
+    let names = fs::read_dir(directory).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.file_name()));
+    for name in names.filter(|name| name != LOCK) {
         drop(fs::remove_file(directory.join(name)));
     }
+    drop(fs::remove_file(directory.join(LOCK)));
     drop(fs::remove_dir(directory));
 }
 

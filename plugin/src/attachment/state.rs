@@ -101,6 +101,8 @@ pub(super) enum Phase {
     Exporting,
     /// It is being closed; nobody is to use it any more.
     Closing,
+    /// What was written to it is flushed, or is known not to be, and it is being removed.
+    Removing,
 }
 
 impl Record for State {

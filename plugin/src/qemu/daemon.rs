@@ -35,6 +35,9 @@ const FIRST_ANSWER: Duration = Duration::from_secs(3);
 /// The files of a daemon, without its log.
 const FILES: [&str; 4] = ["qmp.sock", "mirror.sock", "nbd.sock", "daemon.pid"];
 
+/// What the daemon prints goes here.
+const LOG: &str = "daemon.log";
+
 /// How much of the log is quoted when a daemon does not start, in bytes.
 const QUOTED: usize = 1000;
 
@@ -76,15 +79,10 @@ impl Sockets {
 /// When the program is not there, ends at once or does not answer in time. No process is left then.
 pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process> {
     let settings = host.settings()?;
-    let log = directory.join("daemon.log");
-    // Without a log none was ever started there.
-    let strays = if log.exists() { running_in(host, directory)? } else { Vec::new() };
-    for stray in strays {
-        tracing::warn!(pid = stray.pid, "killing a storage daemon that no record tells of");
-        stray.kill(host, settings.qmp())?;
-    }
+    kill_strays(host, directory, settings.qmp())?;
     let program = program::find("qemu-storage-daemon")?;
     let arguments = arguments(directory)?;
+    let log = directory.join(LOG);
     let deadline = Instant::now() + settings.qmp();
     loop {
         remove_files(directory)?;
@@ -102,6 +100,21 @@ pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process>
         }
         tracing::warn!(error = error.chain(), "a new storage daemon does not answer: starting another");
     }
+}
+
+/// Kills daemons that run in a directory, by who holds the volume's lock and has no record of any.
+///
+/// # Errors
+///
+/// [`Error::Timeout`] when one does not end.
+pub fn kill_strays(host: &Host, directory: &Path, patience: Duration) -> Result<()> {
+    // Without a log none was ever started there.
+    let strays = if directory.join(LOG).exists() { running_in(host, directory)? } else { Vec::new() };
+    for stray in strays {
+        tracing::warn!(pid = stray.pid, "killing a storage daemon that no record tells of");
+        stray.kill(host, patience)?;
+    }
+    Ok(())
 }
 
 /// Tells whether a process is the daemon of a volume, and runs.
@@ -196,7 +209,7 @@ async fn make_ready(
 
 /// Makes the error for a daemon that ended instead of answering, with its last words.
 fn ended(directory: &Path) -> Error {
-    let log = fs::read(directory.join("daemon.log")).unwrap_or_default();
+    let log = fs::read(directory.join(LOG)).unwrap_or_default();
     let text = String::from_utf8_lossy(&log[log.len().saturating_sub(QUOTED)..]).trim().to_owned();
     let reason = if text.is_empty() { "it ended at once".to_owned() } else { text };
     Error::Qemu { doing: "starting the storage daemon".to_owned(), reason }

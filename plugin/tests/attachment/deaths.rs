@@ -89,7 +89,7 @@ fn a_daemon_that_no_record_tells_of_does_not_live_beside_another() {
 fn what_a_killed_call_left_half_done_is_finished() {
     let scene = Scene::new();
     let chain = [scene.image(), scene.image()];
-    for phase in ["opening", "closing"] {
+    for phase in ["opening", "closing", "removing"] {
         scene.activate("7", Mode::ReadWrite, &chain);
         scene.edit_state(|state| state["open"]["phase"] = json!(phase));
         assert_eq!(scene.open_mode(), None, "{phase}");

@@ -1,0 +1,8 @@
+//! The executable's Datapath.* calls, run as xapi-storage-script runs them.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+mod calls;
+mod hosts;
+mod rough;
+mod scene;
