@@ -5,17 +5,18 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::locked::{NODE_SUFFIX, read};
+use super::locked::{LockedTree, NODE_SUFFIX, read};
 use super::sr::{NEW, OLD, Sr};
 use super::tree::Tree;
 use crate::error::{Error, Result};
+use crate::host::Host;
 use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::record;
 
 impl Sr {
-    /// Removes garbage from the whole SR: files that no record names, directories of trees that were never finished
-    /// or are gone, symlinks of volumes that do not exist.
+    /// Finishes what killed calls began, and removes the garbage of the whole SR: files that no record names,
+    /// directories of trees that were never finished or are gone, symlinks of volumes that do not exist.
     ///
     /// The caller holds the SR's lock. A tree that is locked is left alone: whoever holds its lock removes its own
     /// garbage. What cannot be removed is logged and left.
@@ -23,7 +24,7 @@ impl Sr {
     /// # Errors
     ///
     /// When the SR's directories cannot be listed.
-    pub fn sweep(&self, _lock: &FileLock) -> Result<()> {
+    pub fn sweep(&self, host: &Host, _lock: &FileLock) -> Result<()> {
         self.sweep_records()?;
         let trees = self.trees();
         for entry in self.entries(&trees)? {
@@ -34,8 +35,8 @@ impl Sr {
             let directory = trees.join(name);
             let swept = if name.starts_with(NEW) || name.starts_with(OLD) {
                 remove_abandoned(&directory)
-            } else if name.parse::<TreeId>().is_ok() {
-                self.sweep_unlocked(&directory)
+            } else if let Ok(id) = name.parse() {
+                self.sweep_unlocked(host, id)
             } else {
                 Ok(())
             };
@@ -57,15 +58,18 @@ impl Sr {
         Ok(())
     }
 
-    /// Removes the garbage in a tree's directory, unless it is locked or gone.
-    fn sweep_unlocked(&self, directory: &Path) -> Result<()> {
-        let Some(_lock) = try_lock(directory)? else {
+    /// Finishes what was begun in a tree and removes its garbage, unless it is locked or gone.
+    fn sweep_unlocked(&self, host: &Host, id: TreeId) -> Result<()> {
+        let directory = self.tree_directory(id);
+        let Some(lock) = try_lock(&directory)? else {
             return Ok(());
         };
-        match read(directory)? {
-            Some(tree) => sweep_tree(self, directory, &tree, []),
-            None => Ok(()),
-        }
+        let Some(loaded) = self.read_tree(id)? else {
+            return Ok(());
+        };
+        let mut tree = LockedTree::new(self.clone(), loaded, lock);
+        tree.finish(host)?;
+        sweep_tree(self, &directory, &tree.tree, [])
     }
 
     /// Removes symlinks that lead to no volume.

@@ -227,7 +227,7 @@ impl Sr {
         let lock = self.lock_sr(host)?;
         let trees = self.trees();
         if trees.exists() {
-            self.sweep(&lock)?;
+            self.sweep(host, &lock)?;
             // From here on no volume can be made.
             match fs::remove_dir(&trees) {
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
