@@ -265,6 +265,36 @@ fn an_image_that_is_missing_is_named_by_the_scan() {
     bench.check();
 }
 
+#[test]
+fn few_descriptors_a_closed_input_and_an_open_umask_do_no_harm() {
+    let bench = Bench::new();
+    let program = env!("CARGO_BIN_EXE_xapi-storage-qcow2-volume");
+    let shell = |script: &str, request: &Value| {
+        let request_file = bench.path.with_file_name("request");
+        fs::write(&request_file, request.to_string()).unwrap();
+        let output = Command::new("sh")
+            .args(["-c", script, "sh", program])
+            .arg(&request_file)
+            .env("XAPI_STORAGE_QCOW2_ROOT", &bench.host.root)
+            .env("LC_ALL", "tr_TR.UTF-8")
+            .output()
+            .unwrap();
+        (output.status.success(), serde_json::from_slice::<Value>(&output.stdout).unwrap())
+    };
+    let create = bench.request(json!({"name": "x", "description": "", "size": MIB, "sharable": false}));
+    let limited = r#"umask 0; ulimit -n 64; exec "$1" Volume.create --json < "$2""#;
+    let (made, record) = shell(limited, &create);
+    assert!(made, "{record}");
+    bench.snapshot(&support::key(&record));
+    let (made, failure) = shell(r#"exec "$1" Volume.create --json <&-"#, &create);
+    assert!(!made && failure["code"].as_str().unwrap().starts_with("SR_BACKEND_FAILURE_"), "{failure}");
+    for (path, _) in content(&bench) {
+        let mode = std::os::unix::fs::PermissionsExt::mode(&fs::symlink_metadata(&path).unwrap().permissions());
+        assert!(path.is_symlink() || mode & 0o077 == 0, "{} {mode:o}", path.display());
+    }
+    bench.check();
+}
+
 /// An SR on a small file system of its own.
 struct Small {
     bench: Option<Bench>,

@@ -235,6 +235,48 @@ fn a_snapshot_killed_anywhere_is_finished_or_undone_while_the_guest_goes_on() {
     bench.check();
 }
 
+/// Kills snapshots at each step in turn until one leaves an intent behind; false without strace.
+fn leave_an_intent(bench: &Bench, volume: &str) -> bool {
+    let request = bench.request(json!({"key": volume}));
+    for step in 1..500 {
+        match bench.host.killed_at("Volume.snapshot", &request, support::SPEAKING, step) {
+            None => return false,
+            Some(false) => break,
+            Some(true) if bench.tree(volume).get("intent").is_some() => return true,
+            Some(true) => {}
+        }
+    }
+    panic!("no step of the snapshot left an intent");
+}
+
+#[test]
+fn what_another_hosts_call_began_is_left_to_it() {
+    let bench = Bench::new();
+    let volume = bench.create(4 * MIB);
+    let clone = bench.clone_of(&volume);
+    let other = bench.other_host();
+    let active = Active::new(&bench, &volume, "7", Mode::ReadWrite);
+    let mut guest = active.guest();
+    guest.write(1, 0, MIB);
+    if !leave_an_intent(&bench, &volume) {
+        return guest.disconnect();
+    }
+    let files = bench.node_files();
+    other.call("SR.attach", json!({"configuration": bench.configuration()}));
+    let set = |key: &str| bench.request(json!({"key": key, "k": "k", "v": "v"}));
+    assert_eq!(other.code("Volume.set", set(&volume)), "Activated_on_another_host");
+    other.call("Volume.set", set(&clone));
+    other.call("Volume.snapshot", bench.request(json!({"key": clone})));
+    assert!(files.iter().all(|file| file.exists()));
+    assert!(bench.tree(&volume).get("intent").is_some());
+    bench.call("Volume.set", json!({"key": volume, "k": "k", "v": "v"}));
+    assert_eq!(bench.tree(&volume).get("intent"), None);
+    guest.read(1, 0, MIB);
+    guest.disconnect();
+    drop(active);
+    bench.check();
+}
+
 #[test]
 fn a_snapshot_whose_daemon_dies_with_it_keeps_what_was_written() {
     let bench = Bench::new();
@@ -242,16 +284,9 @@ fn a_snapshot_whose_daemon_dies_with_it_keeps_what_was_written() {
     let active = Active::new(&bench, &volume, "7", Mode::ReadWrite);
     let mut guest = active.guest();
     guest.write(1, 0, MIB);
-    let request = bench.request(json!({"key": volume}));
-    // Killed at each step in turn until one leaves an intent behind.
-    let left = (1..500).find(|step| {
-        let killed = bench.host.killed_at("Volume.snapshot", &request, support::SPEAKING, *step);
-        killed != Some(true) || bench.tree(&volume).get("intent").is_some()
-    });
-    if bench.tree(&volume).get("intent").is_none() {
+    if !leave_an_intent(&bench, &volume) {
         return guest.disconnect();
     }
-    assert!(left.is_some());
     let state: Value =
         serde_json::from_slice(&fs::read(active.host.volume_dir(active.uri.volume).join("state.json")).unwrap())
             .unwrap();

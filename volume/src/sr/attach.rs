@@ -13,7 +13,7 @@ pub struct Parameters {
     configuration: Configuration,
 }
 
-/// Attaches the SR and removes what calls that were killed left in it. Gives the SR's uuid, by which later calls
+/// Attaches the SR and finishes or removes what calls that were killed left in it. Gives the SR's uuid, by which later calls
 /// name it. Called again it gives the same.
 ///
 /// # Errors
@@ -29,7 +29,7 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
     }
     sr.attach(host)?;
     // What is left over does no harm, so that an SR that cannot be written to can still be read.
-    let swept = sr.lock_sr(host).and_then(|lock| sr.sweep(&lock));
+    let swept = sr.lock_sr(host).and_then(|lock| sr.sweep(host, &lock));
     if let Err(error) = swept {
         tracing::warn!(error = error.chain(), "garbage is left for later");
     }
