@@ -363,21 +363,26 @@ fn on_a_full_file_system_every_call_fails_cleanly_and_destroy_works() {
         ("Volume.set", json!({"key": volume, "k": "k", "v": "v".repeat(100_000)})),
         ("SR.set_name", json!({"new_name": "n".repeat(100_000)})),
     ];
-    // From nothing free up to where it works, so that each of a call's writes is the one that fails.
+    // From nothing free up to where it works, and once more in small steps where it begins to, so that each of a
+    // call's writes is the one that fails.
     for (method, request) in calls {
-        for leave in (0..1024).step_by(8) {
-            small.fill(leave * 1024);
-            let before = (bench.keys(), bench.node_files());
+        let works_with = |kibibytes: usize| {
+            small.fill(kibibytes as u64 * 1024);
+            let before = (bench.keys(), bench.node_files(), support::names(&bench.path.join("volumes")));
             match bench.try_call(method, request.clone()) {
-                Ok(_) => {
-                    assert!(leave > 0, "{method} worked without any space");
-                    break;
-                }
+                Ok(_) => true,
                 Err(failure) => {
-                    assert_eq!(failure.code, "SR_BACKEND_FAILURE_44", "{method} {leave} {failure:?}");
-                    assert_eq!((bench.keys(), bench.node_files()), before, "{method} {leave}");
+                    assert_eq!(failure.code, "SR_BACKEND_FAILURE_44", "{method} {kibibytes} {failure:?}");
+                    let after = (bench.keys(), bench.node_files(), support::names(&bench.path.join("volumes")));
+                    assert_eq!(after, before, "{method} {kibibytes}");
+                    false
                 }
             }
+        };
+        let enough = (0..1024).step_by(8).find(|leave| works_with(*leave)).unwrap();
+        assert!(enough > 0, "{method} worked without any space");
+        for leave in enough - 8..enough {
+            works_with(leave);
         }
     }
     small.fill(0);
