@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -61,6 +62,15 @@ impl FileLock {
     /// Gives the file's path.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Gives the lock to another process as well, as one of its descriptors: it is held until both have let go.
+    ///
+    /// # Errors
+    ///
+    /// When there is no descriptor left.
+    pub fn share(&self) -> Result<OwnedFd> {
+        self.file.try_clone().map(OwnedFd::from).map_err(Error::on("sharing lock", &self.path))
     }
 
     /// Tells whether the file locked is still the one at the path.

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use super::program::{self, Output};
 use super::{Image, chain_filename};
 use crate::error::{Error, Result};
+use crate::lock::FileLock;
 use crate::record::sync_directory;
 
 /// How long qemu-img may take for what touches only metadata.
@@ -118,12 +119,15 @@ pub struct Check {
 
 /// Makes an empty image that is durable, name and all, when the call returns.
 ///
+/// A lock that is given is held until qemu-img has ended, even when this process is killed before: the next holder
+/// must not meet it at work.
+///
 /// # Errors
 ///
 /// When there is a file already, which is not touched; [`Error::NoSpace`]; else what qemu-img says. Nothing is
 /// left behind.
-pub fn create(path: &Path, virtual_size: u64) -> Result<()> {
-    create_with(path, virtual_size, None)
+pub fn create(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
+    create_with(path, virtual_size, None, lock)
 }
 
 /// Makes an empty overlay on an image in the same directory, known by its file name; otherwise as [`create`].
@@ -133,15 +137,15 @@ pub fn create(path: &Path, virtual_size: u64) -> Result<()> {
 /// # Errors
 ///
 /// As [`create`].
-pub fn create_overlay(path: &Path, backing_name: &str, virtual_size: u64) -> Result<()> {
-    create_with(path, virtual_size, Some(backing_name))
+pub fn create_overlay(path: &Path, backing_name: &str, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
+    create_with(path, virtual_size, Some(backing_name), lock)
 }
 
 /// Makes an image with or without a backing string.
-fn create_with(path: &Path, virtual_size: u64, backing: Option<&str>) -> Result<()> {
+fn create_with(path: &Path, virtual_size: u64, backing: Option<&str>, lock: Option<&FileLock>) -> Result<()> {
     // qemu-img would empty an existing file, and would give a new one the caller's umask.
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(Error::on("creating", path))?;
-    let made = fill_new(path, virtual_size, backing);
+    let made = fill_new(path, virtual_size, backing, lock);
     if made.is_err() {
         drop(fs::remove_file(path));
     }
@@ -149,14 +153,14 @@ fn create_with(path: &Path, virtual_size: u64, backing: Option<&str>) -> Result<
 }
 
 /// Makes an image in a file that is there and empty.
-fn fill_new(path: &Path, virtual_size: u64, backing: Option<&str>) -> Result<()> {
+fn fill_new(path: &Path, virtual_size: u64, backing: Option<&str>, lock: Option<&FileLock>) -> Result<()> {
     let mut command = qemu_img("create")?;
     command.args(["-q", "-f", "qcow2", "-o", CREATE_OPTIONS]);
     if let Some(name) = backing {
         command.args(["-u", "-F", "qcow2", "-b", name]);
     }
     command.arg("--").arg(path).arg(virtual_size.to_string());
-    finish(&mut command, "qemu-img create", path, PATIENCE)?;
+    finish(&mut command, lock, "qemu-img create", path, PATIENCE)?;
     sync(path)?;
     match path.parent() {
         Some(directory) => sync_directory(directory),
@@ -164,15 +168,16 @@ fn fill_new(path: &Path, virtual_size: u64, backing: Option<&str>) -> Result<()>
     }
 }
 
-/// Gives an image that nobody has open a larger virtual size, durably; one that has it already is left alone.
+/// Gives an image that nobody has open a larger virtual size, durably; one that has it already is left alone. The
+/// lock is held as in [`create`].
 ///
 /// # Errors
 ///
 /// When the image is larger, or in use; [`Error::NoSpace`]; else what qemu-img says.
-pub fn resize(path: &Path, virtual_size: u64) -> Result<()> {
+pub fn resize(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
     let mut command = qemu_img("resize")?;
     command.args(["-q", "-f", "qcow2", "--"]).arg(path).arg(virtual_size.to_string());
-    finish(&mut command, "qemu-img resize", path, PATIENCE)?;
+    finish(&mut command, lock, "qemu-img resize", path, PATIENCE)?;
     sync(path)
 }
 
@@ -184,7 +189,7 @@ pub fn resize(path: &Path, virtual_size: u64) -> Result<()> {
 pub fn info(path: &Path) -> Result<Info> {
     let mut command = qemu_img("info")?;
     command.args(["-U", "--output=json", "-f", "qcow2", "--"]).arg(path);
-    let output = finish(&mut command, "qemu-img info", path, PATIENCE)?;
+    let output = finish(&mut command, None, "qemu-img info", path, PATIENCE)?;
     decode("qemu-img info", path, &output.stdout)
 }
 
@@ -197,7 +202,7 @@ pub fn map(images: &[Image]) -> Result<Vec<Extent>> {
     let top = images.first().ok_or_else(|| Error::Internal("a chain without images".to_owned()))?;
     let mut command = qemu_img("map")?;
     command.args(["-U", "--output=json", "--"]).arg(chain_filename(images)?);
-    let output = finish(&mut command, "qemu-img map", &top.path, LONG_PATIENCE)?;
+    let output = finish(&mut command, None, "qemu-img map", &top.path, LONG_PATIENCE)?;
     decode("qemu-img map", &top.path, &output.stdout)
 }
 
@@ -227,9 +232,15 @@ fn qemu_img(subcommand: &str) -> Result<Command> {
 }
 
 /// Runs a command line that must succeed.
-fn finish(command: &mut Command, doing: &str, path: &Path, patience: Duration) -> Result<Output> {
+fn finish(
+    command: &mut Command,
+    lock: Option<&FileLock>,
+    doing: &str,
+    path: &Path,
+    patience: Duration,
+) -> Result<Output> {
     let doing = format!("{doing} {}", path.display());
-    let output = program::run(command, &doing, patience)?;
+    let output = program::run_holding(command, lock, &doing, patience)?;
     if output.status.success() { Ok(output) } else { Err(program::failure(&doing, &output)) }
 }
 
@@ -257,7 +268,7 @@ mod tests {
     fn a_new_image_has_the_size_and_the_format_asked_for() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a, b:c=d.qcow2");
-        create(&path, 3 * MIB).unwrap();
+        create(&path, 3 * MIB, None).unwrap();
         let info = info(&path).unwrap();
         assert_eq!((info.virtual_size, info.qcow2().compat.as_str()), (3 * MIB, "1.1"));
         assert_eq!((info.backing_filename, info.snapshots.len()), (None, 0));
@@ -269,7 +280,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.qcow2");
         fs::write(&path, "precious").unwrap();
-        assert!(create(&path, MIB).is_err());
+        assert!(create(&path, MIB, None).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 
@@ -277,7 +288,7 @@ mod tests {
     fn an_overlay_names_its_backing_which_need_not_be_there() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("top.qcow2");
-        create_overlay(&path, "base.qcow2", MIB).unwrap();
+        create_overlay(&path, "base.qcow2", MIB, None).unwrap();
         let info = info(&path).unwrap();
         assert_eq!(info.backing_filename.as_deref(), Some("base.qcow2"));
         assert_eq!(info.backing_filename_format.as_deref(), Some("qcow2"));
@@ -287,12 +298,12 @@ mod tests {
     fn an_image_grows_and_does_not_shrink() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.qcow2");
-        create(&path, MIB).unwrap();
+        create(&path, MIB, None).unwrap();
         for _ in 0..2 {
-            resize(&path, 5 * MIB).unwrap();
+            resize(&path, 5 * MIB, None).unwrap();
             assert_eq!(info(&path).unwrap().virtual_size, 5 * MIB);
         }
-        assert!(matches!(resize(&path, MIB), Err(Error::Qemu { .. })));
+        assert!(matches!(resize(&path, MIB, None), Err(Error::Qemu { .. })));
         assert_eq!(info(&path).unwrap().virtual_size, 5 * MIB);
     }
 
@@ -305,8 +316,8 @@ mod tests {
             virtual_size: MIB,
         };
         let (top, base) = (image("top"), image("base"));
-        create(&base.path, MIB).unwrap();
-        create_overlay(&top.path, "nowhere.qcow2", MIB).unwrap();
+        create(&base.path, MIB, None).unwrap();
+        create_overlay(&top.path, "nowhere.qcow2", MIB, None).unwrap();
         let extents = map(&[top, base]).unwrap();
         assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), MIB);
         assert!(extents.iter().all(|extent| extent.zero && !extent.data && !extent.present));

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::lock::FileLock;
 
 /// Where QEMU's programs are looked for; `$PATH` is the caller's and is not asked.
 const DIRECTORIES: [&str; 4] =
@@ -50,13 +51,32 @@ pub(super) struct Output {
 ///
 /// [`Error::Timeout`], or the program could not be started. What it says itself is in [`Output`].
 pub(super) fn run(command: &mut Command, doing: &str, patience: Duration) -> Result<Output> {
+    run_holding(command, None, doing, patience)
+}
+
+/// Runs a program as [`run`], which holds a lock as long as it lives, whatever happens to the caller: it changes what
+/// the lock is for. The lock is its standard input, which it does not read.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(super) fn run_holding(
+    command: &mut Command,
+    lock: Option<&FileLock>,
+    doing: &str,
+    patience: Duration,
+) -> Result<Output> {
+    let stdin = match lock {
+        Some(lock) => Stdio::from(lock.share()?),
+        None => Stdio::null(),
+    };
     let deadline = Instant::now() + patience;
     let mut child = command
         .current_dir("/")
         .env_clear()
         .env("LC_ALL", "C")
         .env("PATH", "/usr/bin:/bin")
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

@@ -200,7 +200,7 @@ mod tests {
     /// Makes an overlay named `top` on a name `base`, and gives its bytes.
     fn overlay(directory: &Path) -> (std::path::PathBuf, Vec<u8>) {
         let path = directory.join("top.qcow2");
-        img::create_overlay(&path, "base.qcow2", 1 << 20).unwrap();
+        img::create_overlay(&path, "base.qcow2", 1 << 20, None).unwrap();
         let bytes = fs::read(&path).unwrap();
         (path, bytes)
     }
@@ -225,7 +225,7 @@ mod tests {
             assert!(header.check_backing(other).unwrap_err().contains("base.qcow2"));
         }
         let root = directory.path().join("root.qcow2");
-        img::create(&root, 1 << 20).unwrap();
+        img::create(&root, 1 << 20, None).unwrap();
         assert_eq!(Header::read(&root).unwrap().check_backing(None), Ok(()));
     }
 

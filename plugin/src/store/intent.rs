@@ -79,7 +79,7 @@ impl LockedTree {
     pub fn grow(&mut self, key: VolumeKey, virtual_size: u64) -> Result<()> {
         let image = self.checked_image(self.volume(key)?.node)?;
         self.begin_resize(key, virtual_size)?;
-        let grown = img::resize(&image.path, virtual_size);
+        let grown = img::resize(&image.path, virtual_size, Some(&self.lock));
         let ended = self.end_resize();
         grown.and(ended)
     }

@@ -85,7 +85,7 @@ impl LoadedTree {
 pub struct LockedTree {
     sr: Sr,
     loaded: LoadedTree,
-    _lock: FileLock,
+    pub(super) lock: FileLock,
 }
 
 impl Deref for LockedTree {
@@ -99,7 +99,7 @@ impl Deref for LockedTree {
 impl LockedTree {
     /// Joins a tree with its lock; the record was read after the lock was taken.
     pub(super) fn new(sr: Sr, loaded: LoadedTree, lock: FileLock) -> Self {
-        Self { sr, loaded, _lock: lock }
+        Self { sr, loaded, lock }
     }
 
     /// Gives the SR that the tree is in.
@@ -178,8 +178,8 @@ impl LockedTree {
         for (id, node) in &change.nodes {
             let path = node_path(&self.directory, *id);
             match node.parent {
-                Some(parent) => img::create_overlay(&path, &file_name(parent), node.virtual_size)?,
-                None => img::create(&path, node.virtual_size)?,
+                Some(parent) => img::create_overlay(&path, &file_name(parent), node.virtual_size, Some(&self.lock))?,
+                None => img::create(&path, node.virtual_size, Some(&self.lock))?,
             }
         }
         change.volumes.keys().try_for_each(|key| self.sr.link(*key, self.id))

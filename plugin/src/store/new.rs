@@ -23,7 +23,7 @@ pub struct NewTree<'sr> {
     directory: Option<PathBuf>,
     /// The symlinks that were made.
     linked: Vec<VolumeKey>,
-    _lock: FileLock,
+    lock: FileLock,
 }
 
 impl<'sr> NewTree<'sr> {
@@ -39,7 +39,7 @@ impl<'sr> NewTree<'sr> {
             make_directory(&directory).map_err(|error| sr.or_gone(error))?;
             match FileLock::try_acquire(&directory.join("lock")) {
                 Ok(Some(lock)) => {
-                    return Ok(Self { sr, id, directory: Some(directory), linked: Vec::new(), _lock: lock });
+                    return Ok(Self { sr, id, directory: Some(directory), linked: Vec::new(), lock });
                 }
                 // Whoever removes garbage came between the two steps: it takes the directory.
                 Ok(None) => {}
@@ -62,7 +62,7 @@ impl<'sr> NewTree<'sr> {
             return Err(Error::Internal("a tree was committed twice".to_owned()));
         };
         for (id, node) in &tree.nodes {
-            img::create(&node_path(&made, *id), node.virtual_size)?;
+            img::create(&node_path(&made, *id), node.virtual_size, Some(&self.lock))?;
         }
         locked::write_first(&made, &tree)?;
         for key in tree.volumes.keys() {

@@ -52,7 +52,7 @@ impl Scene {
     pub fn image_in(&self, directory: &Path) -> Image {
         let node = NodeId::random();
         let path = directory.join(format!("{node}.qcow2"));
-        img::create_overlay(&path, "nowhere.qcow2", SIZE).unwrap();
+        img::create_overlay(&path, "nowhere.qcow2", SIZE, None).unwrap();
         Image { node, path, virtual_size: SIZE }
     }
 
