@@ -224,6 +224,7 @@ impl Bench {
     /// Checks that what is listed is what is on disk: every listed volume has its chain of files, no file is left
     /// that no record names, and every symlink leads to a volume. Called when no call is under way.
     pub fn check(&self) {
+        self.wait_for_orphans();
         let configuration = json!({"configuration": self.configuration()});
         self.host.call("SR.attach", configuration);
         let listed = self.keys();
@@ -321,6 +322,17 @@ impl Host {
 }
 
 impl Bench {
+    /// Waits until no qemu-img of a killed call is at work; it holds its tree's lock until then.
+    fn wait_for_orphans(&self) {
+        let directory = self.path.to_str().unwrap();
+        let at_work = |entry: fs::DirEntry| {
+            let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&arguments).into_owned();
+            text.contains("qemu-img") && text.contains(directory)
+        };
+        while fs::read_dir("/proc").unwrap().flatten().any(at_work) {}
+    }
+
     /// Checks what can be checked while volumes are open: what is listed has its files.
     pub fn check_records(&self) {
         for key in self.keys() {
