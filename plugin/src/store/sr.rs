@@ -244,7 +244,11 @@ impl Sr {
             _ => {}
         }
         for path in [&self.path.join("sr.json"), lock.path()] {
-            fs::remove_file(path).map_err(Error::on("removing", path))?;
+            match fs::remove_file(path) {
+                // Another call that destroys it came first, and this one waited for its lock.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.map_err(Error::on("removing", path))?,
+            }
         }
         record::sync_directory(&self.path)
     }
