@@ -39,7 +39,8 @@ pub fn stray_descriptors(pid: u32) -> Vec<RawFd> {
         .into_iter()
         .flatten()
         .filter_map(|fd| std::fs::read_link(own.join(fd.as_raw_fd().to_string())).ok())
-        .filter(|to| to.to_string_lossy().contains(":["))
+        // Every eventfd and inotify has the same name, whosever it is.
+        .filter(|to| ["socket:[", "pipe:["].iter().any(|kind| to.to_string_lossy().starts_with(kind)))
         .collect();
     let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
         return Vec::new();
