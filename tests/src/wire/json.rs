@@ -1,5 +1,6 @@
 //! A JSON value that keeps what the daemon distinguishes, its strict parser and its compact encoder.
 
+use std::collections::HashSet;
 use std::fmt::{self, Write as _};
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -311,8 +312,9 @@ impl<'de> Visitor<'de> for JsonVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Json, A::Error> {
         let mut fields: Vec<(String, Json)> = Vec::new();
+        let mut names = HashSet::new();
         while let Some((name, value)) = map.next_entry::<String, Json>()? {
-            if fields.iter().any(|(n, _)| *n == name) {
+            if !names.insert(name.clone()) {
                 return Err(de::Error::custom(format!("field {name:?} stands twice")));
             }
             fields.push((name, value));

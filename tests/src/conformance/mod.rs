@@ -1,0 +1,198 @@
+//! A suite that judges a SMAPIv3 plugin: one check a rule of the contract, run through the strict script runner.
+//!
+//! ```text
+//! Subject::discover ── which methods and features the plugin has
+//!    └─ all_checks() ── title, group, needs, async fn
+//!          └─ Check::run ── a host and an SR of its own (Bench) ─► the check ─► everything destroyed, nothing left over
+//! ```
+//!
+//! A check that needs a method or a feature which the plugin does not have is skipped. Where a plugin's SRs have this
+//! project's layout on disk, qemu-img judges the files as well.
+
+mod answer;
+mod bad_input;
+mod bad_size;
+mod bench;
+mod crowd;
+mod data;
+mod golden;
+mod invariant;
+mod live;
+mod mirror;
+mod mirror_end;
+mod order;
+mod own_layout;
+mod plugin;
+mod process;
+mod random;
+mod raw;
+mod relay;
+mod request;
+mod sr;
+mod sr_faults;
+mod subject;
+mod twice;
+mod volume;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+pub use bench::Bench;
+pub use subject::Subject;
+
+/// What a check needs to make sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// A script of the volume or the datapath plugin.
+    Method(&'static str),
+    /// A feature that xapi believes in.
+    Feature(&'static str),
+    /// An SR whose files are as this project lays them out, and a host whose files are below a root.
+    OwnLayout,
+    /// The rights to mount a file system.
+    Root,
+}
+
+type Run = Arc<dyn Fn(Arc<Bench>) -> Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>> + Send + Sync>;
+
+/// One rule of the contract and how to see whether a plugin keeps it.
+#[derive(Clone)]
+pub struct Check {
+    /// What it is about.
+    pub group: &'static str,
+    /// The rule, as a sentence.
+    pub title: String,
+    /// What it needs.
+    pub needs: Vec<Need>,
+    run: Run,
+}
+
+impl fmt::Debug for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.group, self.title)
+    }
+}
+
+/// What came of a check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The rule is kept.
+    Passed,
+    /// It is not; how that was seen.
+    Failed(String),
+    /// It could not be seen; why.
+    Skipped(String),
+}
+
+/// How many checks came to what.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Rules that are kept.
+    pub passed: usize,
+    /// Rules that are not.
+    pub failed: usize,
+    /// Rules that could not be looked at.
+    pub skipped: usize,
+}
+
+impl Tally {
+    /// Counts one outcome.
+    pub fn count(&mut self, outcome: &Outcome) {
+        match outcome {
+            Outcome::Passed => self.passed += 1,
+            Outcome::Failed(_) => self.failed += 1,
+            Outcome::Skipped(_) => self.skipped += 1,
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+impl Check {
+    /// Why the check cannot be made with this plugin, if it cannot.
+    #[must_use]
+    pub fn obstacle(&self, subject: &Subject) -> Option<String> {
+        self.needs.iter().find_map(|need| subject.lacks(*need))
+    }
+
+    /// Makes the check on a host and an SR of its own, and then sees that everything can be destroyed without a trace.
+    pub async fn run(&self, subject: &Subject) -> Outcome {
+        if let Some(obstacle) = self.obstacle(subject) {
+            return Outcome::Skipped(obstacle);
+        }
+        let bench = match Bench::new(subject).await {
+            Ok(bench) => Arc::new(bench),
+            Err(error) => return Outcome::Failed(format!("no SR to check with: {error:#}")),
+        };
+        let checked = (self.run)(Arc::clone(&bench)).await;
+        let cleaned = match &checked {
+            Ok(()) => bench.finish().await,
+            Err(_) => Ok(()),
+        };
+        let reasons = bench.mirror_reasons();
+        bench.end_what_is_left().await;
+        match (checked, cleaned) {
+            (Ok(()), Ok(())) => Outcome::Passed,
+            (Err(error), _) => Outcome::Failed(format!("{error:#}{reasons}")),
+            (Ok(()), Err(error)) => Outcome::Failed(format!("cleaning up afterwards: {error:#}")),
+        }
+    }
+}
+
+/// Collects the checks of one group.
+struct Group<'a> {
+    name: &'static str,
+    checks: &'a mut Vec<Check>,
+}
+
+impl Group<'_> {
+    fn add<F, R>(&mut self, title: impl Into<String>, needs: &[Need], run: F)
+    where
+        F: Fn(Arc<Bench>) -> R + Send + Sync + 'static,
+        R: Future<Output = anyhow::Result<()>> + Send + 'static,
+    {
+        self.checks.push(Check {
+            group: self.name,
+            title: title.into(),
+            needs: needs.to_vec(),
+            run: Arc::new(move |bench| Box::pin(run(bench))),
+        });
+    }
+}
+
+/// Adds the checks of a group.
+type Collect = fn(&mut Group<'_>);
+
+/// Every check there is.
+#[must_use]
+pub fn all_checks() -> Vec<Check> {
+    let groups: [(&'static str, Collect); 16] = [
+        ("golden", golden::checks),
+        ("plugin", plugin::checks),
+        ("sr", sr::checks),
+        ("sr faults", sr_faults::checks),
+        ("volume", volume::checks),
+        ("twice", twice::checks),
+        ("order", order::checks),
+        ("crowd", crowd::checks),
+        ("data", data::checks),
+        ("live", live::checks),
+        ("mirror", mirror::checks),
+        ("mirror's end", mirror_end::checks),
+        ("process", process::checks),
+        ("bad input", bad_input::checks),
+        ("size", bad_size::checks),
+        ("layout", own_layout::checks),
+    ];
+    let mut checks = Vec::new();
+    for (name, collect) in groups {
+        collect(&mut Group { name, checks: &mut checks });
+    }
+    checks
+}
