@@ -152,7 +152,7 @@ impl Supervisor {
 
     /// Gives the path at which QEMU's NBD client finds the relay.
     fn socket(&self) -> PathBuf {
-        self.host.mirror_dir(self.record.key).join("relay.sock")
+        EndRequest::relay_socket(&self.host, self.record.key)
     }
 
     /// Runs the job over a relay that was started. On failure the relay is cut first, which frees the daemon from

@@ -50,6 +50,11 @@ impl EndRequest {
         host.mirror_dir(key).join("control.sock")
     }
 
+    /// Gives the path at which QEMU's NBD client finds a mirror's relay.
+    pub fn relay_socket(host: &Host, key: MirrorKey) -> PathBuf {
+        host.mirror_dir(key).join("relay.sock")
+    }
+
     /// Asks a mirror's supervisor and waits for the end of the mirror, up to `patience`.
     ///
     /// `None` means that the supervisor ended without an answer: its record says what is known.

@@ -51,7 +51,9 @@ pub fn end(host: &Host, record: &MirrorRecord, how: How, reason: &str) -> Result
         if let Err(error) = record.store(host) {
             tracing::warn!(mirror = %record.key, error = error.chain(), "the end of a mirror could not be recorded");
         }
-        let _ = fs::remove_file(EndRequest::socket(host, record.key));
+        for socket in [EndRequest::socket(host, record.key), EndRequest::relay_socket(host, record.key)] {
+            let _ = fs::remove_file(socket);
+        }
     }
     Ok(record)
 }
@@ -95,14 +97,15 @@ pub fn reap(host: &Host, volume: VolumeKey) -> Result<()> {
     let domain = OFFLINE_DOMAIN.parse()?;
     let attachment = Attachment::lock_existing(host, volume)?;
     let orphan = attachment.filter(|attachment| !is_read && attachment.domains().contains_key(&domain));
-    let Some(uri) = orphan.map(|attachment| attachment.uri()) else { return Ok(()) };
+    let orphan = orphan.map(|attachment| attachment.uri());
+    let start_lock = start_lock(host, volume);
+    // A Data.mirror that was killed has left its lock's file.
+    if orphan.is_none() && !start_lock.exists() {
+        return Ok(());
+    }
     // Whoever holds this lock is just opening the source, and its mirror has no record yet.
-    let lock = match FileLock::try_acquire(&start_lock(host, volume)) {
-        Ok(Some(lock)) => lock,
-        Ok(None) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    let released = activation::release(host, uri, &domain);
+    let Some(lock) = FileLock::try_acquire(&start_lock)? else { return Ok(()) };
+    let released = orphan.map_or(Ok(()), |uri| activation::release(host, uri, &domain));
     let _ = fs::remove_file(lock.path());
     released
 }
@@ -165,6 +168,11 @@ pub fn before_deactivate(host: &Host, volume: VolumeKey, domain: &Domain, is_las
 ///
 /// As [`end`].
 pub fn before_detach(host: &Host, volume: VolumeKey, domain: &Domain, is_last: bool) -> Result<()> {
+    // xapi detaches its own domain from a live leaf whose mirror failed. Of a supervisor that was killed, nothing else
+    // would clear up before the guest is deactivated.
+    if let Err(error) = reap(host, volume) {
+        tracing::warn!(%volume, error = error.chain(), "what a killed supervisor left stays for now");
+    }
     for record in MirrorRecord::of_volume(host, volume)? {
         if record.domain != *domain && !is_last && !record.offline {
             continue;
