@@ -110,6 +110,13 @@ impl Ledger {
         self.flushed = self.flushed.max(coverage);
     }
 
+    /// Notes that what no flush covered may be lost: it counts as in flight for ever.
+    pub(super) fn crashed(&mut self) {
+        for entry in self.blocks.iter_mut().flatten() {
+            entry.acknowledged = entry.acknowledged.filter(|ordinal| *ordinal <= self.flushed);
+        }
+    }
+
     /// Checks what a block holds; true if it had to hold anything in particular.
     ///
     /// # Errors
@@ -190,6 +197,24 @@ mod tests {
         assert!(!holds(&ledger, 1, Durability::Acknowledged));
         ledger.flushed(ledger.coverage());
         assert!(!holds(&ledger, 1, Durability::Flushed) && holds(&ledger, 2, Durability::Flushed));
+    }
+
+    #[test]
+    fn what_a_crash_may_have_taken_is_never_asked_for_again() {
+        let mut ledger = ledger();
+        for number in [1, 2] {
+            ledger.begin(0, Mark::Record(number));
+            ledger.acknowledge(0);
+            if number == 1 {
+                ledger.flushed(ledger.coverage());
+            }
+        }
+        ledger.crashed();
+        ledger.flushed(ledger.coverage());
+        assert!(holds(&ledger, 1, Durability::Acknowledged) && holds(&ledger, 2, Durability::Acknowledged));
+        ledger.begin(0, Mark::Record(3));
+        ledger.acknowledge(0);
+        assert!(!holds(&ledger, 1, Durability::Acknowledged) && holds(&ledger, 3, Durability::Acknowledged));
     }
 
     #[test]

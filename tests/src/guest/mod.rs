@@ -159,6 +159,12 @@ impl Guest {
         }
     }
 
+    /// The disk's daemon was killed: the connection is cut, and what no flush covered may be lost.
+    pub async fn crash(&mut self) {
+        self.cut().await;
+        self.shared.crashed();
+    }
+
     /// Whether it was started and not suspended since.
     pub fn is_started(&self) -> bool {
         self.running.is_some()

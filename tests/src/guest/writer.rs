@@ -83,6 +83,10 @@ impl Shared {
         }
     }
 
+    pub(super) fn crashed(&self) {
+        self.lock().ledger.crashed();
+    }
+
     pub(super) fn acknowledged(&self) -> u64 {
         self.lock().acknowledged
     }

@@ -1,13 +1,18 @@
 //! Whole migrations by every flow: the worked example, chosen plans and random ones, each judged by its report.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test talks to people")]
 
 #[path = "../strategy/mod.rs"]
 mod strategy;
 
+mod cancel;
 mod chosen;
 mod example;
 mod random;
+mod restart;
+#[path = "../world/mod.rs"]
+mod world;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

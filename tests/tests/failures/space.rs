@@ -1,0 +1,138 @@
+//! The destination's file system runs out of space: at once, in a snapshot's mirror, in the disk's mirror.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use fake_xapi::smapiv2::Sr;
+use fake_xapi::sxm::Flow;
+use tempfile::TempDir;
+
+use crate::sweep::sweep;
+use crate::world::{CHAIN, FLOWS, World, told};
+
+const KIB: u64 = 1 << 10;
+
+/// A small file system in a file, mounted until it is dropped.
+struct Small {
+    directory: TempDir,
+}
+
+impl Small {
+    /// Makes and mounts it.
+    fn mount() -> Result<Self> {
+        let small = Self { directory: tempfile::Builder::new().prefix("fx-small-").tempdir_in("/tmp")? };
+        let image = small.directory.path().join("image");
+        std::fs::File::create(&image)?.set_len(24 << 20)?;
+        // Without a journal and reserved blocks, what df calls free can be written.
+        let arguments = ["-q", "-F", "-m", "0", "-b", "1024", "-O", "^has_journal"];
+        run(Command::new("mkfs.ext4").args(arguments).arg(&image))?;
+        std::fs::create_dir(small.path())?;
+        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(small.path()))?;
+        Ok(small)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("mounted")
+    }
+
+    /// Takes all space but so much.
+    fn leave(&self, bytes: u64) -> Result<()> {
+        let free = rustix::fs::statvfs(self.path())?;
+        let length = (free.f_bavail * free.f_frsize).saturating_sub(bytes);
+        let file = std::fs::File::create(self.ballast())?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
+        Ok(())
+    }
+
+    fn make_room(&self) -> Result<()> {
+        Ok(std::fs::remove_file(self.ballast())?)
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.path().join("ballast")
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let path = self.path();
+        let unmounted = run(Command::new("umount").arg(&path));
+        // What a failed test left running keeps it busy for a moment.
+        if let Err(error) = unmounted.or_else(|_| run(Command::new("umount").arg("-l").arg(&path))) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    flow: Flow,
+    /// Bytes that are free when the migration starts.
+    room: u64,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} room {}", self.flow.name(), self.room)
+    }
+}
+
+impl Case {
+    async fn run(&self, kept: &mut Option<World>) -> Result<()> {
+        let small = Small::mount().context("a small file system")?;
+        let result = self.on(&small.path(), &small, kept).await;
+        // The daemons have to be gone before the file system.
+        let closed = match kept.take() {
+            Some(world) if result.is_ok() => world.close().await,
+            _ => Ok(()),
+        };
+        result.and(closed)
+    }
+
+    async fn on(&self, path: &Path, small: &Small, kept: &mut Option<World>) -> Result<()> {
+        let world = kept.insert(World::build(CHAIN, self.flow).await.context("the world")?);
+        let host = &world.stage.destination;
+        let sr = Sr("11111111-2222-4333-8444-555555555555".to_owned());
+        let config = [("uri".to_owned(), format!("file://{}", path.display()))];
+        let config = host.sr_create("t", "qcow2", &sr, &config, "small", "").await?;
+        host.sr_attach("t", "qcow2", &sr, &config).await?;
+        world.stage.destination_sr = sr;
+        world.stage.destination_path = path.to_owned();
+        small.leave(self.room)?;
+        let failed = match world.migrate().await {
+            Ok(_) => bail!("the migration succeeded without space"),
+            Err(failed) => failed,
+        };
+        let told = told(&failed);
+        let account = world.player.account().await;
+        ensure!(account.failed == 0, "the guest's writes failed: {:?}, {told}", account.errors);
+        world.all_is_well().await.context(told)?;
+        small.make_room()?;
+        world.migrate_well().await.context("the same migration once more")?;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_destination_without_space_fails_the_migration_and_is_clean_after_it() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can mount a small file system");
+        return;
+    }
+    if let Err(error) = Small::mount() {
+        println!("skipped: a small file system cannot be mounted here: {error:#}");
+        return;
+    }
+    // Nothing fits; a snapshot does not; the snapshot of 1 MiB does, and the disk on it does not.
+    let rooms = [16 * KIB, 700 * KIB, 2200 * KIB];
+    let cases: Vec<Case> = FLOWS.iter().flat_map(|flow| rooms.map(|room| Case { flow: *flow, room })).collect();
+    sweep("a_destination_without_space", &cases, async |case, world| case.run(world).await);
+}
