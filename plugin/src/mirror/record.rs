@@ -1,5 +1,6 @@
 //! What is known of a mirror.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -214,30 +215,43 @@ impl MirrorRecord {
 
     /// Gives what Data.stat answers. A mirror that is not ended and has no supervisor any more has failed.
     pub fn status(&self, host: &Host) -> DataStatus {
-        match self.phase {
+        let (record, running) = self.judged(host);
+        match record.phase {
             Phase::Finished => DataStatus::complete(),
             Phase::Failed | Phase::Cancelled => DataStatus::failed(),
-            _ if !self.is_running(host) => DataStatus::failed(),
+            _ if !running => DataStatus::failed(),
             Phase::Ready => DataStatus::complete(),
-            Phase::Draining if self.live => DataStatus::complete(),
+            Phase::Draining if record.live => DataStatus::complete(),
             Phase::Starting | Phase::Connecting => DataStatus::running(0.0),
             Phase::Copying | Phase::Draining => {
                 // Never 1: that it is done is said by `complete` alone.
-                let Progress { offset, length, .. } = self.progress;
+                let Progress { offset, length, .. } = record.progress;
                 DataStatus::running(if length == 0 { 0.0 } else { (offset as f64 / length as f64).min(0.999) })
             }
         }
     }
 
+    /// Tells whether the mirror goes on, with the record that holds then. A supervisor writes its last record before it
+    /// ends, which may have been after this one was read: that of a dead one is read again.
+    fn judged(&self, host: &Host) -> (Cow<'_, Self>, bool) {
+        let running = self.is_running(host);
+        if running || self.phase.is_terminal() {
+            return (Cow::Borrowed(self), running);
+        }
+        let newer = Self::load(host, self.key).ok().flatten();
+        (newer.map_or(Cow::Borrowed(self), Cow::Owned), false)
+    }
+
     /// Tells whether Datapath.deactivate must fail for this mirror: the destination lacks writes although xapi may
     /// have been told that it is complete, and nothing shows that xapi has learnt of it since.
     pub fn must_be_told(&self, host: &Host) -> bool {
-        let broken = match self.phase {
+        let (record, running) = self.judged(host);
+        let broken = match record.phase {
             Phase::Finished => false,
             Phase::Failed | Phase::Cancelled => true,
-            _ => !self.is_running(host),
+            _ => !running,
         };
-        self.live && self.was_complete && broken && !self.acknowledged
+        record.live && record.was_complete && broken && !record.acknowledged
     }
 }
 
@@ -315,6 +329,20 @@ pub(super) mod tests {
         assert!(!record.must_be_told(&host));
         assert!(!sample(&host, Phase::Failed).must_be_told(&host));
         assert!(!sample(&host, Phase::Finished).must_be_told(&host));
+    }
+
+    #[test]
+    fn a_mirror_that_finished_after_its_record_was_read_has_not_failed() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        let mut record = sample(&host, Phase::Draining);
+        record.supervisor = None;
+        let read_before = record.clone();
+        record.phase = Phase::Finished;
+        host.make_runtime_dir(&host.mirror_dir(record.key)).unwrap();
+        record.store(&host).unwrap();
+        assert!(said(&read_before, &host).contains(r#""complete":true"#));
+        assert!(!read_before.must_be_told(&host));
     }
 
     #[test]

@@ -286,9 +286,8 @@ impl Bench {
         for entry in std::fs::read_dir(mirrors).into_iter().flatten().flatten() {
             let record = std::fs::read(entry.path().join("state.json")).unwrap_or_default();
             let record: serde_json::Value = serde_json::from_slice(&record).unwrap_or_default();
-            if let Some(reason) = record["reason"].as_str() {
-                reasons.push_str(&format!("\na mirror's record says: {reason}"));
-            }
+            let (phase, reason) = (&record["phase"], &record["reason"]);
+            reasons.push_str(&format!("\na mirror's record says {phase}, because of {reason}"));
         }
         reasons
     }
