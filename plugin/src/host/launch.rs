@@ -56,7 +56,7 @@ impl Launch<'_> {
     ///
     /// # Errors
     ///
-    /// When the program cannot be started, or is gone at once.
+    /// When the program cannot be started.
     pub fn start(&self, host: &Host) -> Result<Process> {
         let mut options = OpenOptions::new();
         let log = options.write(true).create(true).truncate(true).mode(0o600).open(self.log);
@@ -79,12 +79,13 @@ impl Launch<'_> {
         }
         let starting = |error| Error::io(format!("starting {}", self.program.display()), error);
         let mut child = command.spawn().map_err(starting)?;
-        let process = i32::try_from(child.id()).ok().and_then(|pid| Process::of_pid(host, pid).ok());
+        // Before it is waited for: also a program that has ended by now can be named, and has done what it was to do.
+        let process = i32::try_from(child.id()).ok().and_then(|pid| Process::of_child(host, pid).ok());
         // Nobody waits for the program's end but, in a process that lives on, this thread.
         std::thread::spawn(move || child.wait());
         process.ok_or_else(|| Error::Qemu {
             doing: format!("starting {}", self.program.display()),
-            reason: "it ended at once".to_owned(),
+            reason: "its process cannot be named".to_owned(),
         })
     }
 
@@ -215,6 +216,16 @@ mod tests {
         let names: Vec<&str> = lines[4..].iter().filter_map(|line| Some(line.split_once('=')?.0)).collect();
         let known = ["LC_ALL", "PATH", "PWD", "OLDPWD", "SHLVL", "_", ROOT_VARIABLE, LOG_VARIABLE];
         assert!(names.iter().all(|name| known.contains(name)), "{names:?}");
+    }
+
+    #[test]
+    fn a_program_that_ends_at_once_was_started_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, host) = (dir.path().join("log"), Host::at(dir.path()));
+        for _ in 0..20 {
+            let launch = Launch { unit: "test", program: Path::new("/bin/true"), arguments: &[], log: &log };
+            assert!(launch.start(&host).unwrap().wait(&host, std::time::Duration::from_secs(20)));
+        }
     }
 
     #[test]

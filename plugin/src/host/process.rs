@@ -34,6 +34,16 @@ impl Process {
         Ok(Self { pid, start_time, boot_id: host.boot_id()? })
     }
 
+    /// Names a child that was not waited for yet, which may have ended already.
+    ///
+    /// # Errors
+    ///
+    /// When /proc cannot be read.
+    pub(super) fn of_child(host: &Host, pid: i32) -> Result<Self> {
+        let (_, start_time) = state(pid).ok_or_else(|| Error::Internal(format!("process {pid} is gone")))?;
+        Ok(Self { pid, start_time, boot_id: host.boot_id()? })
+    }
+
     /// Names the process that calls.
     ///
     /// # Errors
@@ -108,13 +118,18 @@ impl Process {
 
 /// Reads when a process started; `None` when there is none, or only its zombie.
 fn start_time(pid: i32) -> Option<u64> {
+    state(pid).filter(|(is_zombie, _)| !is_zombie).map(|(_, start_time)| start_time)
+}
+
+/// Reads whether a process is a zombie, and when it started.
+fn state(pid: i32) -> Option<(bool, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in parentheses, which may itself hold spaces and parentheses.
     let (_, fields) = stat.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?;
     let start_time = fields.nth(18)?.parse().ok()?;
-    (!matches!(state, "Z" | "X")).then_some(start_time)
+    Some((matches!(state, "Z" | "X"), start_time))
 }
 
 #[cfg(test)]
