@@ -1,6 +1,8 @@
 //! Every script call of a migration fails once: instead of running, after it ran, or killed in the middle.
+//!
+//! Of many calls of one method a few are chosen; FAKE_XAPI_SWEEP=all has every single one fail.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,7 +13,7 @@ use fake_xapi::host::Host;
 use fake_xapi::script::{CallRecord, CallSite, Fault};
 use fake_xapi::sxm::{Flow, toolstack_restart};
 
-use crate::sweep::sweep;
+use crate::sweep::{ONLY, sweep};
 use crate::world::{BRANCHES, CHAIN, World, told};
 
 /// Calls that change nothing: how they fail makes no difference.
@@ -51,14 +53,19 @@ enum How {
     Killed(u64),
 }
 
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Instead => "instead",
+            Self::After => "after",
+            Self::Killed(_) => "killed",
+        })
+    }
+}
+
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = match self.how {
-            How::Instead => "instead",
-            How::After => "after",
-            How::Killed(_) => "killed",
-        };
-        write!(f, "{} {} {} {} {how}", self.flow.name(), self.side, self.method, self.nth)
+        write!(f, "{} {} {} {} {}", self.flow.name(), self.side, self.method, self.nth, self.how)
     }
 }
 
@@ -95,6 +102,24 @@ fn cases(flow: Flow, calls: &[CallRecord], source: &str) -> Vec<Case> {
         cases.extend(hows.iter().map(|how| Case { flow, side, method: call.method, nth, how: *how }));
     }
     cases
+}
+
+/// Keeps, of the cases that differ in nothing but which call of a method it is, the first, the middle and the last one;
+/// all of them where FAKE_XAPI_SWEEP is `all`.
+fn chosen(cases: Vec<Case>) -> Vec<Case> {
+    if std::env::var("FAKE_XAPI_SWEEP").is_ok_and(|value| value == "all") || std::env::var_os(ONLY).is_some() {
+        return cases;
+    }
+    let kind = |case: &Case| (case.side, case.method, case.how.to_string());
+    let mut alike: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+    for (index, case) in cases.iter().enumerate() {
+        alike.entry(kind(case)).or_default().push(index);
+    }
+    let kept: BTreeSet<usize> = alike
+        .values()
+        .flat_map(|indices| [0, indices.len() / 2, indices.len() - 1].map(|place| indices[place]))
+        .collect();
+    cases.into_iter().enumerate().filter(|(index, _)| kept.contains(index)).map(|(_, case)| case).collect()
 }
 
 impl Case {
@@ -174,7 +199,7 @@ fn each_call_fails(flow: Flow, plan: &str, test: &str) {
         world.change_sides();
         world.all_is_well().await.unwrap();
         world.close().await.unwrap();
-        cases(flow, &calls, &source)
+        chosen(cases(flow, &calls, &source))
     });
     let count = AtomicUsize::new(0);
     sweep(test, &cases, async |case, world| {

@@ -11,7 +11,7 @@ use crate::world::World;
 /// Cases of one test that run at once; they mostly wait.
 const AT_ONCE: usize = 3;
 /// Names the one case to run.
-const ONLY: &str = "FAKE_XAPI_CASE";
+pub const ONLY: &str = "FAKE_XAPI_CASE";
 
 /// Runs each case on a world that is kept for the next one as long as all is well, and panics with those that failed.
 pub fn sweep<C: Display + Sync>(
