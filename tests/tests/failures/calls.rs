@@ -180,7 +180,10 @@ impl Case {
     /// Everything as it should be, if need be after a user has done what xapi only logged.
     async fn well(&self, world: &World) -> Result<()> {
         let Err(first) = world.all_is_well().await else { return Ok(()) };
-        if !CLEANERS.contains(&self.method) {
+        // The copy of a snapshot in the flow leaf does not detach what it could not attach
+        // (ocaml/xapi/storage_smapiv1_migrate.ml, with_activated_disk).
+        let half_attached = (self.flow, self.side, self.method) == (Flow::Leaf, "source", "Datapath.attach");
+        if !half_attached && !CLEANERS.contains(&self.method) {
             return Err(first);
         }
         world.clean_by_hand().await.with_context(|| format!("cleaning by hand: {first:#}"))?;
