@@ -19,7 +19,7 @@ pub struct Subject {
     pub plugins: PluginSource,
     /// The SR type.
     pub sr_type: String,
-    /// The device-config of an SR, with [`DIRECTORY`] where an empty directory belongs.
+    /// The device-config of an SR, with `DIRECTORY` where an empty directory belongs.
     pub config: Vec<(String, String)>,
     /// Whether its SRs and its runtime files are laid out as this project's.
     pub own_layout: bool,
