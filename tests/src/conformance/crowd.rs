@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use tokio::task::JoinSet;
 
-use super::bench::{DBG, MIB, refused};
+use super::bench::{DBG, MIB, leftovers, refused};
 use super::random::{Random, seed};
 use super::{Bench, Group, Need};
 use crate::nbd::Client;
@@ -216,7 +216,7 @@ async fn datapaths(b: Arc<Bench>) -> Result<()> {
     written.context("the guest meanwhile")?;
     client.disconnect().await;
     b.unplug(&volume, "99").await?;
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.is_empty(), "all detached, but there are {left:?}");
     let stretches: Vec<_> = (0..50u8).map(|n| (u64::from(n) * 4096, 4096, n + 1)).collect();
     b.expect_content(&volume, &stretches).await?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use uuid::Uuid;
 
-use super::bench::{DBG, MIB, nbd_of};
+use super::bench::{DBG, MIB, leftovers, nbd_of};
 use super::live::{guest, has_all_writes, writes};
 use super::relay::Relay;
 use super::request::remote_of;
@@ -284,7 +284,7 @@ async fn ends_with_datapath(b: Arc<Bench>) -> Result<()> {
     let status = quick_stat(&b, &operation).await?;
     ensure!(status.failed && !status.complete, "taken down half-way, but {status:?}");
     b.unplug(&target, "MIR0a1b2c").await?;
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.processes.is_empty() && left.sockets.is_empty(), "{left:?}");
     Ok(())
 }

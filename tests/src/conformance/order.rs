@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use super::bench::{DBG, MIB, nbd_of, refused, uri_of};
+use super::bench::{DBG, MIB, leftovers, nbd_of, refused, uri_of};
 use super::random::{Random, seed};
 use super::{Bench, Group, Need};
 use crate::nbd::Client;
@@ -92,7 +92,7 @@ async fn sequence(b: &Bench, random: &mut Random) -> Result<()> {
         let stretches: Vec<_> = known.written.iter().map(|(offset, byte)| (*offset, 4096, *byte)).collect();
         b.expect_content(volume, &stretches).await.with_context(|| format!("after {history:?}"))?;
     }
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.is_empty(), "all detached after {history:?}, but there are {left:?}");
     b.sr_is_sound().await
 }
@@ -165,7 +165,7 @@ async fn never_attached(b: Arc<Bench>) -> Result<()> {
     if b.script("Datapath.close").is_ok() {
         b.call(&Request::datapath_close(DBG, uri_of(&volume)?)).await?;
     }
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }
@@ -375,7 +375,7 @@ async fn gone(b: Arc<Bench>) -> Result<()> {
         refused(called).context(method)?;
     }
     b.unplug(&volume, "7").await?;
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }
@@ -413,7 +413,7 @@ async fn elsewhere(b: Arc<Bench>) -> Result<()> {
         there(method).await?;
     }
     other.runner().call(&dir, &Request::sr("SR.detach", DBG, &b.sr.sr)).await?;
-    let left = other.leftovers();
+    let left = leftovers(&other).await;
     ensure!(left.is_empty(), "{left:?}");
     b.expect_content(&volume, &[(0, 512, 1)]).await
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use super::bench::{Bench, DBG, MIB, uri_of};
+use super::bench::{Bench, DBG, MIB, leftovers, uri_of};
 use super::request::{self, METHODS, remote_of};
 use super::{Group, Need, answer, raw};
 use crate::nbd::Client;
@@ -83,7 +83,7 @@ async fn gone(b: Arc<Bench>) -> Result<()> {
     for target in b.ls().await? {
         b.unplug(&target, "MIR0a1b2c").await?;
     }
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.processes.is_empty() && left.sockets.is_empty(), "{left:?}");
     Ok(())
 }
@@ -219,7 +219,7 @@ async fn full_run(b: Arc<Bench>) -> Result<()> {
     ensure!(b.ls().await?.len() == 1, "SR.ls changed");
     std::fs::remove_file(&filler)?;
     b.expect_content(&volume, &[(0, 4096, 1)]).await?;
-    let left = b.host.leftovers();
+    let left = leftovers(&b.host).await;
     ensure!(left.is_empty(), "{left:?}");
     drop(mounted);
     b.attach_sr(&b.sr.config).await.map(drop)
