@@ -30,12 +30,13 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
         Ok(tree) => {
             usage::release(host, &tree, key)?;
             tree.destroy(key)?;
-            if let Err(error) = mirror::forget_volume(host, key) {
-                tracing::warn!(error = error.chain(), "records of mirrors are left");
-            }
-            Ok(())
         }
-        Err(Error::VolumeDoesNotExist(_)) => Ok(()),
-        Err(error) => Err(error),
+        // A call that was killed may have left what follows.
+        Err(Error::VolumeDoesNotExist(_)) => {}
+        Err(error) => return Err(error),
     }
+    if let Err(error) = mirror::forget_volume(host, key) {
+        tracing::warn!(error = error.chain(), "records of mirrors are left");
+    }
+    Ok(())
 }
