@@ -4,14 +4,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use fake_xapi::host::Host;
 use fake_xapi::script::{CallRecord, CallSite, Fault};
 use fake_xapi::sxm::{Flow, toolstack_restart};
+use fake_xapi::wire::Request;
 
 use crate::sweep::{ONLY, sweep};
 use crate::world::{BRANCHES, CHAIN, World, told};
@@ -127,9 +128,9 @@ impl Case {
         if self.side == "source" { &world.stage.source } else { &world.stage.destination }
     }
 
-    /// Orders the fault; answers whether it has struck.
-    fn order(&self, world: &World) -> Arc<AtomicBool> {
-        let struck = Arc::new(AtomicBool::new(false));
+    /// Orders the fault; answers the request that it has struck.
+    fn order(&self, world: &World) -> Arc<Mutex<Option<Request>>> {
+        let struck = Arc::new(Mutex::new(None));
         let (case, told) = (self.clone(), Arc::clone(&struck));
         let counter = Mutex::new(Counter::default());
         let fault = match self.how {
@@ -140,10 +141,8 @@ impl Case {
         let is_source = self.side == "source";
         self.host(world).runner().faults().order(Arc::new(move |site: &CallSite<'_>| {
             let nth = counter.lock().unwrap().count(is_source, site.request.method)?;
-            if site.request.method != case.method || nth != case.nth || told.swap(true, Ordering::SeqCst) {
-                return None;
-            }
-            Some(fault.clone())
+            let is_this = site.request.method == case.method && nth == case.nth;
+            (is_this && told.lock().unwrap().replace(site.request.clone()).is_none()).then(|| fault.clone())
         }));
         struck
     }
@@ -158,7 +157,7 @@ impl Case {
         let host = Arc::clone(self.host(world));
         let result = world.migrate().await;
         host.runner().faults().clear();
-        ensure!(struck.load(Ordering::SeqCst), "no such call was made");
+        let struck = struck.lock().unwrap().take().context("no such call was made")?;
         match result {
             Err(failed) => {
                 let told = told(&failed);
@@ -171,6 +170,13 @@ impl Case {
                 let sender = Arc::clone(&world.stage.source);
                 world.change_sides();
                 toolstack_restart(&sender).await;
+                if let (How::Killed(_), "Volume.destroy") = (self.how, self.method) {
+                    // A request is delivered again after a crash. That the volume is gone does not mean that all of it is:
+                    // the records of its mirrors go last.
+                    let plugin =
+                        host.root().join("usr/libexec/xapi-storage-script/volume/org.xen.xapi.storage.qcow2");
+                    host.runner().call(&plugin, &struck).await.context("Volume.destroy once more")?;
+                }
                 self.well(world).await.context("the migration succeeded all the same")?;
             }
         }

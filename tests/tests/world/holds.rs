@@ -36,7 +36,7 @@ impl World {
         let listed = host.sr_ls(DBG, sr).await?;
         ensure!(listed.is_empty(), "SR.ls on host {name} still has {listed:?}");
         let mut left = Inventory::of(path)?;
-        if !left.is_empty() {
+        if !left.is_empty() || !files_below(&path.join("trees"))?.is_empty() {
             // What a script that was killed has left is nobody's until somebody collects it.
             self.collect(host, sr, path).await?;
             left = Inventory::of(path)?;
