@@ -129,7 +129,14 @@ fn state(pid: i32) -> Option<(bool, u64)> {
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?;
     let start_time = fields.nth(18)?.parse().ok()?;
-    Some((matches!(state, "Z" | "X"), start_time))
+    // The first thread of a killed process can be a zombie while another still finishes a write in the kernel.
+    let is_zombie = matches!(state, "Z" | "X") && !has_other_threads(pid);
+    Some((is_zombie, start_time))
+}
+
+/// Tells whether a process has threads beside its first.
+fn has_other_threads(pid: i32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| threads.count() > 1)
 }
 
 #[cfg(test)]
