@@ -2,7 +2,7 @@
 //! blank volume, with no regard to what it is based on.
 
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::process::Command;
 
@@ -13,6 +13,10 @@ use super::order::Conf;
 use crate::host::ImportPath;
 use crate::nbd::{Client, Uri};
 use crate::smapiv2::{Dp, Error, Result, Sr, Vdi, VdiInfo, Vm, nbd_server};
+
+/// How long a copy may stand still. sparse_dd itself waits for ever for a proxy that failed before it pumped, because xapi
+/// forgets to close its connection, until somebody cancels the task.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// Copies one volume into the destination SR and answers the snapshot that stays there.
 ///
@@ -134,6 +138,8 @@ async fn sparse_dd(ctx: &Ctx<'_>, conf: &Conf, from: &Uri, export: &str, path: I
         .kill_on_drop(true)
         .spawn()
         .map_err(|e| internal(&e))?;
+    let sent = || ctx.source.wires().all().iter().map(|wire| wire.to_destination()).sum::<u64>();
+    let (mut last, mut moved) = (sent(), Instant::now());
     loop {
         tokio::select! {
             status = child.wait() => {
@@ -151,6 +157,13 @@ async fn sparse_dd(ctx: &Ctx<'_>, conf: &Conf, from: &Uri, export: &str, path: I
                 if ctx.cancel.check().is_err() {
                     let _ = child.kill().await;
                     return Err(Error::Cancelled);
+                }
+                let now = sent();
+                if now != last {
+                    (last, moved) = (now, Instant::now());
+                } else if moved.elapsed() >= SILENCE {
+                    let _ = child.kill().await;
+                    return Err(internal(&"nothing was sent for too long"));
                 }
             }
         }

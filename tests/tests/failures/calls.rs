@@ -105,8 +105,7 @@ fn cases(flow: Flow, calls: &[CallRecord], source: &str) -> Vec<Case> {
     cases
 }
 
-/// Keeps, of the cases that differ in nothing but which call of a method it is, the first, the middle and the last one;
-/// all of them where FAKE_XAPI_SWEEP is `all`.
+/// Keeps, of the cases that differ in nothing but which call of a method it is, the first and the last one; all of them where FAKE_XAPI_SWEEP is `all`.
 fn chosen(cases: Vec<Case>) -> Vec<Case> {
     if std::env::var("FAKE_XAPI_SWEEP").is_ok_and(|value| value == "all") || std::env::var_os(ONLY).is_some() {
         return cases;
@@ -116,10 +115,8 @@ fn chosen(cases: Vec<Case>) -> Vec<Case> {
     for (index, case) in cases.iter().enumerate() {
         alike.entry(kind(case)).or_default().push(index);
     }
-    let kept: BTreeSet<usize> = alike
-        .values()
-        .flat_map(|indices| [0, indices.len() / 2, indices.len() - 1].map(|place| indices[place]))
-        .collect();
+    let kept: BTreeSet<usize> =
+        alike.values().flat_map(|indices| [0, indices.len() - 1].map(|place| indices[place])).collect();
     cases.into_iter().enumerate().filter(|(index, _)| kept.contains(index)).map(|(_, case)| case).collect()
 }
 
