@@ -7,7 +7,7 @@ DESTDIR ?=
 PREFIX ?= /usr
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check suites dependencies-demo dependencies-test build install uninstall clean
+.PHONY: help demo test sweep check suites dependencies-demo dependencies-test build install uninstall clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -34,6 +34,10 @@ suites:
 		$(CARGO) test --workspace --no-fail-fast --lib --bins --tests; \
 	fi
 	$(CARGO) test --workspace --doc
+
+sweep: dependencies-test ## Make every single script call of a migration fail, by every flow (long)
+	$(CARGO) build --workspace
+	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures -- --include-ignored
 
 dependencies-demo:
 	packaging/dependencies.sh demo
