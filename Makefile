@@ -35,9 +35,10 @@ suites:
 	fi
 	$(CARGO) test --workspace --doc
 
-sweep: dependencies-test ## Make every single script call of a migration fail, by every flow (long)
+sweep: dependencies-test ## Make every script call of a migration fail, and migrate 204 random trees (long)
 	$(CARGO) build --workspace
 	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures -- --include-ignored
+	FAKE_XAPI_PLANS=17 $(CARGO) test --package fake-xapi --test migration
 
 dependencies-demo:
 	packaging/dependencies.sh demo
