@@ -23,7 +23,8 @@ pub trait Machine {
     /// Reverts the VM. No client is connected; exports are asked for anew afterwards.
     fn revert(&mut self, name: &str) -> impl Future<Output = Result<()>> + Send;
 
-    /// Resizes an active disk. No client is connected to it; its export is asked for anew afterwards.
+    /// Resizes a disk. No client is connected to it, nor to any other disk of a VM that is to be halted; exports that had
+    /// no client are asked for anew afterwards.
     fn resize(&mut self, disk: usize, size: u64) -> impl Future<Output = Result<()>> + Send;
 }
 
@@ -53,6 +54,10 @@ async fn one<M: Machine>(plan: &Plan, step: &Step, machine: &mut M, clients: &mu
             machine.revert(name).await
         }
         Step::Disk { disk, action: Action::Resize(size) } => {
+            // A halted VM is shut down for it, and that takes every disk's export away.
+            if plan.halted {
+                clients.leave_all().await?;
+            }
             clients.leave(*disk).await?;
             machine.resize(*disk, *size).await
         }
