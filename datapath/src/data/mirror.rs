@@ -10,7 +10,7 @@ use plugin::error::{Error, Result};
 use plugin::host::{Host, Launch};
 use plugin::id::{Domain, MirrorKey, NodeId, VolumeUri};
 use plugin::lock::FileLock;
-use plugin::mirror::{self, CopyMode, How, MirrorRecord, OFFLINE_DOMAIN, Phase, Progress};
+use plugin::mirror::{self, MirrorRecord, OFFLINE_DOMAIN};
 use plugin::nbd::NbdUri;
 use plugin::record::Record;
 use plugin::smapi::Operation;
@@ -62,8 +62,8 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<Operation> {
 /// Starts the mirror, with the lock held that keeps a second call from doing the same.
 fn start(host: &Host, uri: VolumeUri, domain: Domain, remote: String) -> Result<MirrorKey> {
     for record in MirrorRecord::of_volume(host, uri.volume)? {
+        let mut record = mirror::end_unless_running(host, &record, "another mirror was started")?;
         if !record.is_running(host) {
-            let mut record = mirror::end(host, &record, How::Cancel, "another mirror was started")?;
             mirror::acknowledge(host, &mut record)?;
         } else if record.domain == domain && record.remote == remote {
             return Ok(record.key);
@@ -74,28 +74,9 @@ fn start(host: &Host, uri: VolumeUri, domain: Domain, remote: String) -> Result<
     }
     forget_old(host)?;
     let source = Source::open(host, uri)?;
-    let mut record = MirrorRecord {
-        format: MirrorRecord::FORMAT,
-        key: MirrorKey::random(),
-        sr: uri.sr,
-        volume: uri.volume,
-        live: source.mode == Mode::ReadWrite && domain.as_str() != HALTED,
-        domain,
-        remote,
-        node: source.node,
-        offline: source.offline,
-        phase: Phase::Starting,
-        reason: None,
-        was_complete: false,
-        raised: false,
-        acknowledged: false,
-        copy_mode: CopyMode::Background,
-        progress: Progress::default(),
-        description: None,
-        supervisor: None,
-        started: mirror::now(),
-        updated: 0,
-    };
+    let live = source.mode == Mode::ReadWrite && domain.as_str() != HALTED;
+    let record = MirrorRecord::new(uri, source.node, domain, remote);
+    let mut record = MirrorRecord { live, offline: source.offline, ..record };
     launch(host, &mut record).inspect_err(|_| {
         if let Err(error) = record.remove(host) {
             tracing::error!(error = error.chain(), "the record of a mirror that did not start is left");

@@ -10,6 +10,7 @@ use plugin::activation;
 use plugin::error::{Error, Result};
 use plugin::host::{Host, Process, Settings};
 use plugin::id::{MirrorKey, VolumeUri};
+use plugin::lock::FileLock;
 use plugin::mirror::job::{self, JOB, JobInfo, SIZED_NODE, TARGET_NODE};
 use plugin::mirror::{CopyMode, EndReply, EndRequest, How, MirrorRecord, OFFLINE_DOMAIN, Phase};
 use plugin::nbd::NbdUri;
@@ -64,11 +65,17 @@ enum Outcome {
 
 /// Runs the mirror and records how it ended; answers whoever waits for that.
 async fn supervise(host: &Host, key: MirrorKey) -> Result<()> {
+    let settings = host.settings()?;
+    let _lock = FileLock::acquire(&MirrorRecord::supervisor_lock(host, key), settings.lock())?;
     let record =
         MirrorRecord::load(host, key)?.ok_or_else(|| Error::Internal(format!("mirror {key} has no record")))?;
+    if record.phase.is_terminal() {
+        tracing::info!(mirror = %key, "the mirror was ended before it began");
+        return Ok(());
+    }
     let ends = control::listen(&EndRequest::socket(host, key))?;
     let mut supervisor = Supervisor {
-        settings: host.settings()?,
+        settings,
         host: host.clone(),
         record,
         ends,

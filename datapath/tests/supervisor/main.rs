@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use daemon::Daemon;
 use link::Link;
 use plugin::host::Host;
-use plugin::id::{MirrorKey, NodeId, SrUuid, VolumeKey};
-use plugin::mirror::{self, CopyMode, How, MirrorRecord, Phase, Progress};
-use plugin::record::Record;
+use plugin::id::{MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
+use plugin::mirror::{self, CopyMode, How, MirrorRecord, Phase};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -60,38 +59,30 @@ impl Scene {
 
     /// Starts a supervisor on a mirror, and gives the mirror's key.
     fn mirror(&mut self, live: bool) -> MirrorKey {
-        let mut record = MirrorRecord {
-            format: MirrorRecord::FORMAT,
-            key: MirrorKey::random(),
-            sr: SrUuid::random(),
-            volume: self.volume,
-            domain: "7".parse().unwrap(),
-            remote: format!("nbd+unix:///e?socket={}", self.link.socket().display()),
-            node: self.node,
-            live,
-            offline: false,
-            phase: Phase::Starting,
-            reason: None,
-            was_complete: false,
-            raised: false,
-            acknowledged: false,
-            copy_mode: CopyMode::Background,
-            progress: Progress::default(),
-            description: None,
-            supervisor: None,
-            started: 0,
-            updated: 0,
-        };
+        let key = self.recorded(live);
+        self.supervise(key);
+        key
+    }
+
+    /// Records a mirror that has no supervisor yet, and gives its key.
+    fn recorded(&mut self, live: bool) -> MirrorKey {
+        let uri = VolumeUri { sr: SrUuid::random(), volume: self.volume };
+        let remote = format!("nbd+unix:///e?socket={}", self.link.socket().display());
+        let record = MirrorRecord::new(uri, self.node, "7".parse().unwrap(), remote);
+        let mut record = MirrorRecord { live, ..record };
         self.host.make_runtime_dir(&self.host.mirror_dir(record.key)).unwrap();
         record.store(&self.host).unwrap();
+        record.key
+    }
+
+    fn supervise(&mut self, key: MirrorKey) {
         let child = Command::new(env!("CARGO_BIN_EXE_xapi-storage-qcow2-datapath"))
-            .args(["mirror-supervisor", &record.key.to_string()])
+            .args(["mirror-supervisor", &key.to_string()])
             .env("XAPI_STORAGE_QCOW2_ROOT", self.dir.path())
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
         self.supervisors.push(child);
-        record.key
     }
 
     fn record(&self, key: MirrorKey) -> MirrorRecord {
@@ -151,6 +142,18 @@ fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 
 fn socket_exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
+}
+
+#[test]
+fn a_mirror_that_was_ended_before_its_supervisor_began_stays_ended() {
+    let mut scene = Scene::new("{}");
+    let key = scene.recorded(true);
+    let ended = mirror::end(&scene.host, &scene.record(key), How::Cancel, "another was started").unwrap();
+    assert_eq!(ended.phase, Phase::Failed);
+    scene.supervise(key);
+    assert!(scene.supervisors.last_mut().unwrap().wait().unwrap().success());
+    assert_eq!(scene.record(key), ended);
+    scene.assert_source_serves();
 }
 
 #[test]

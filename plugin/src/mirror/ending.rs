@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::control::{EndRequest, How};
 use super::record::{MirrorRecord, Phase};
@@ -29,20 +29,36 @@ const KILL: Duration = Duration::from_secs(10);
 ///
 /// When the supervisor can be neither reached nor killed, or the storage daemon does not give up the job.
 pub fn end(host: &Host, record: &MirrorRecord, how: How, reason: &str) -> Result<MirrorRecord> {
+    let (record, _unbegun) = begun(host, record)?;
+    end_begun(host, record, how, reason)
+}
+
+/// Ends a mirror as [`end`] does unless it goes on, and gives its last record. One whose supervisor is just beginning
+/// is waited for, so that a call which is repeated while the first is killed finds the mirror that the first started.
+///
+/// # Errors
+///
+/// As [`end`].
+pub fn end_unless_running(host: &Host, record: &MirrorRecord, reason: &str) -> Result<MirrorRecord> {
+    let (record, _unbegun) = begun(host, record)?;
+    if record.is_running(host) { Ok(record) } else { end_begun(host, record, How::Cancel, reason) }
+}
+
+fn end_begun(host: &Host, record: MirrorRecord, how: How, reason: &str) -> Result<MirrorRecord> {
     if record.is_running(host) {
         let patience = match how {
             How::Finish => Duration::from_secs(host.settings()?.drain_seconds) + MARGIN,
             How::Cancel => MARGIN,
         };
         let request = EndRequest { end: how, reason: reason.to_owned() };
-        if let Err(error) = request.send(host, record, patience) {
+        if let Err(error) = request.send(host, &record, patience) {
             tracing::error!(mirror = %record.key, error = error.chain(), "killing a supervisor that does not answer");
             if let Some(process) = record.supervisor {
                 process.kill(host, KILL)?;
             }
         }
     }
-    let mut record = MirrorRecord::load(host, record.key)?.unwrap_or_else(|| record.clone());
+    let mut record = MirrorRecord::load(host, record.key)?.unwrap_or(record);
     if !record.phase.is_terminal() {
         // Its supervisor died. QEMU's job failed with the connection, which was the supervisor's own.
         job::clear_after_death(host, record.volume)?;
@@ -56,6 +72,29 @@ pub fn end(host: &Host, record: &MirrorRecord, how: How, reason: &str) -> Result
         }
     }
     Ok(record)
+}
+
+/// Waits until a mirror's supervisor has begun, and gives the record that holds then; or, when it has not, with the
+/// lock that keeps it from ever doing so before this call has recorded the end.
+fn begun(host: &Host, record: &MirrorRecord) -> Result<(MirrorRecord, Option<FileLock>)> {
+    let mut record = record.clone();
+    let deadline = Instant::now() + host.settings()?.qmp();
+    while record.phase == Phase::Starting && record.supervisor.is_none() {
+        let lock = match FileLock::try_acquire(&MirrorRecord::supervisor_lock(host, record.key)) {
+            Ok(lock) => lock,
+            // Another call has removed the mirror.
+            Err(_) if !host.mirror_dir(record.key).exists() => return Ok((record, None)),
+            Err(error) => return Err(error),
+        };
+        if let Some(current) = MirrorRecord::load(host, record.key)? {
+            record = current;
+        }
+        if lock.is_some() || Instant::now() >= deadline {
+            return Ok((record, lock));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok((record, None))
 }
 
 /// Ends every mirror that has a volume as its source, as failed: what Volume.snapshot means to xapi during a
@@ -79,6 +118,12 @@ pub fn start_lock(host: &Host, volume: VolumeKey) -> PathBuf {
     host.runtime_dir().join(format!("mirrors/{volume}.lock"))
 }
 
+/// Tells whether a call is just starting the mirror, which has no supervisor yet.
+fn is_being_started(host: &Host, record: &MirrorRecord) -> Result<bool> {
+    let unnamed = record.phase == Phase::Starting && record.supervisor.is_none();
+    Ok(unnamed && FileLock::try_acquire(&start_lock(host, record.volume))?.is_none())
+}
+
 /// Clears up after supervisors of a volume's mirrors that were killed: their jobs, and a source that is open for no
 /// mirror any more. To be called before what a volume in use would refuse; no lock may be held.
 ///
@@ -88,7 +133,7 @@ pub fn start_lock(host: &Host, volume: VolumeKey) -> PathBuf {
 pub fn reap(host: &Host, volume: VolumeKey) -> Result<()> {
     let mut is_read = false;
     for record in MirrorRecord::of_volume(host, volume)? {
-        if record.is_running(host) {
+        if record.is_running(host) || is_being_started(host, &record)? {
             is_read |= record.offline;
         } else if !record.phase.is_terminal() {
             end(host, &record, How::Cancel, "its supervisor is gone")?;
@@ -216,4 +261,51 @@ pub fn forget_volume(host: &Host, volume: VolumeKey) -> Result<()> {
         end(host, &record, How::Cancel, "the volume was destroyed")?.remove(host)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Process;
+    use crate::mirror::record::tests::sample;
+
+    fn starting(host: &Host) -> MirrorRecord {
+        let mut record = sample(host, Phase::Starting);
+        record.supervisor = None;
+        host.make_runtime_dir(&host.mirror_dir(record.key)).unwrap();
+        record.store(host).unwrap();
+        record
+    }
+
+    #[test]
+    fn a_mirror_whose_supervisor_begins_is_waited_for() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        let record = starting(&host);
+        let _supervisors = FileLock::try_acquire(&MirrorRecord::supervisor_lock(&host, record.key)).unwrap().unwrap();
+        let named = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| end_unless_running(&host, &record, "it is dead"));
+            let mut named = record.clone();
+            named.phase = Phase::Connecting;
+            named.supervisor = Some(Process::current(&host).unwrap());
+            named.store(&host).unwrap();
+            waiting.join().unwrap().unwrap()
+        });
+        assert_eq!(named.phase, Phase::Connecting);
+        assert!(MirrorRecord::load(&host, record.key).unwrap().unwrap().is_running(&host));
+    }
+
+    #[test]
+    fn a_mirror_that_a_call_is_starting_is_not_reaped() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        let record = starting(&host);
+        let starter = FileLock::acquire(&start_lock(&host, record.volume), Duration::from_secs(20)).unwrap();
+        reap(&host, record.volume).unwrap();
+        assert_eq!(MirrorRecord::load(&host, record.key).unwrap().unwrap(), record);
+        drop(starter);
+        reap(&host, record.volume).unwrap();
+        assert_eq!(MirrorRecord::load(&host, record.key).unwrap().unwrap().phase, Phase::Failed);
+        assert!(!start_lock(&host, record.volume).exists());
+    }
 }

@@ -18,8 +18,8 @@ mod record;
 
 pub use control::{EndReply, EndRequest, How};
 pub use ending::{
-    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, forget_volume, is_running, reap,
-    source_activated, start_lock,
+    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, end_unless_running, forget_volume,
+    is_running, reap, source_activated, start_lock,
 };
 pub use record::{CopyMode, MirrorRecord, Phase, Progress, now};
 

@@ -129,9 +129,41 @@ impl Record for MirrorRecord {
 }
 
 impl MirrorRecord {
+    /// Makes the record of a mirror that is to be started, of what a volume's node holds, with a key of its own.
+    pub fn new(uri: VolumeUri, node: NodeId, domain: Domain, remote: String) -> Self {
+        Self {
+            format: Self::FORMAT,
+            key: MirrorKey::random(),
+            sr: uri.sr,
+            volume: uri.volume,
+            domain,
+            remote,
+            node,
+            live: false,
+            offline: false,
+            phase: Phase::Starting,
+            reason: None,
+            was_complete: false,
+            raised: false,
+            acknowledged: false,
+            copy_mode: CopyMode::Background,
+            progress: Progress::default(),
+            description: None,
+            supervisor: None,
+            started: now(),
+            updated: 0,
+        }
+    }
+
     /// Gives the file of a mirror's record.
     pub fn path(host: &Host, key: MirrorKey) -> PathBuf {
         host.mirror_dir(key).join("state.json")
+    }
+
+    /// Gives the lock that a mirror's supervisor holds from before it reads the record until it ends. Who holds it
+    /// while the record says `Starting` may end the mirror: a supervisor that comes later finds it ended.
+    pub fn supervisor_lock(host: &Host, key: MirrorKey) -> PathBuf {
+        host.mirror_dir(key).join("lock")
     }
 
     /// Reads the record of a mirror; `None` when there is none.
@@ -266,27 +298,16 @@ pub(super) mod tests {
 
     /// Makes a record of a mirror supervised by this very process.
     pub fn sample(host: &Host, phase: Phase) -> MirrorRecord {
+        let uri = VolumeUri { sr: SrUuid::random(), volume: VolumeKey::random() };
         MirrorRecord {
-            format: MirrorRecord::FORMAT,
-            key: MirrorKey::random(),
-            sr: SrUuid::random(),
-            volume: VolumeKey::random(),
-            domain: "7".parse().unwrap(),
-            remote: "nbd+unix:///e?socket=/s".to_owned(),
-            node: NodeId::random(),
             live: true,
-            offline: false,
             phase,
-            reason: None,
             was_complete: matches!(phase, Phase::Ready | Phase::Draining | Phase::Finished),
-            raised: false,
-            acknowledged: false,
-            copy_mode: CopyMode::Background,
             progress: Progress { offset: 1, length: 2, sent: 0, received: 0 },
-            description: None,
             supervisor: Some(Process::current(host).unwrap()),
             started: 1,
             updated: 1,
+            ..MirrorRecord::new(uri, NodeId::random(), "7".parse().unwrap(), "nbd+unix:///e?socket=/s".to_owned())
         }
     }
 

@@ -39,7 +39,10 @@ fn holds(flow: Flow, shard: u8) {
     let place = place();
     let case = |plan: Plan| {
         let subject = Subject::of(plan.clone()).unwrap();
-        match wrong(&runtime.block_on(migrate_in(&place, subject, flow, false)).report) {
+        let report = runtime.block_on(migrate_in(&place, subject, flow, false)).report;
+        let seconds: Vec<_> = report.seconds.iter().map(|(phase, seconds)| format!("{phase} {seconds:.1}")).collect();
+        println!("{flow:?} {shard}: {} steps, {}", plan.steps.len(), seconds.join(", "));
+        match wrong(&report) {
             None => Ok(()),
             Some(report) => Err(TestCaseError::fail(format!("{}\n{report}", plan.to_json()))),
         }
