@@ -2,11 +2,13 @@
 //!
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
 //! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`]. The same executable, called
-//! with another argument, is the supervisor of a mirror.
+//! with another argument, is the supervisor of a mirror or the relay of an import.
 
 mod about;
 mod data;
+mod import;
 mod mirror;
+mod nbd;
 mod path;
 
 use std::process::ExitCode;
@@ -25,6 +27,10 @@ const METHODS: &[Method] = &[
         name: "Datapath.activate_readonly",
         call: |host, request| typed(host, request, path::activate_readonly::execute),
     },
+    Method {
+        name: "Datapath.import_activate",
+        call: |host, request| typed(host, request, path::import_activate::execute),
+    },
     Method { name: "Datapath.deactivate", call: |host, request| typed(host, request, path::deactivate::execute) },
     Method { name: "Datapath.detach", call: |host, request| typed(host, request, path::detach::execute) },
     Method { name: "Datapath.close", call: |host, request| typed(host, request, path::close::execute) },
@@ -37,9 +43,11 @@ const METHODS: &[Method] = &[
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().is_some_and(|argument| argument == mirror::ENTRY) {
-        let key = arguments.next().unwrap_or_default();
-        return mirror::main(&Host::from_environment(), &key.to_string_lossy());
-    }
-    smapi::main(METHODS)
+    let entry = arguments.next().unwrap_or_default();
+    let run = match entry.to_str() {
+        Some(mirror::ENTRY) => mirror::main,
+        Some(import::ENTRY) => import::main,
+        _ => return smapi::main(METHODS),
+    };
+    run(&Host::from_environment(), &arguments.next().unwrap_or_default().to_string_lossy())
 }

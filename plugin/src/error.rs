@@ -64,6 +64,12 @@ pub enum Error {
         /// By what.
         reason: String,
     },
+    /// The call needs the volume open for writing on this host.
+    #[error("volume {volume} is not active for writing on this host")]
+    NotActive {
+        /// The volume's key.
+        volume: String,
+    },
     /// Another host holds the volume.
     #[error("volume {volume} is activated on host {host}")]
     ActivatedOnAnotherHost {
@@ -220,7 +226,7 @@ impl Error {
             Self::SrNotEmpty(_) => 39,
             Self::SrExists(_) => 42,
             Self::NoSpace { .. } => 44,
-            Self::DamagedRecord { .. } | Self::NewerFormat { .. } | Self::Image { .. } => 46,
+            Self::DamagedRecord { .. } | Self::NewerFormat { .. } | Self::Image { .. } | Self::NotActive { .. } => 46,
             Self::SrUnavailable { .. } => 47,
             Self::InvalidSize(_) => 79,
             Self::InvalidDeviceConfig { .. } => 91,

@@ -11,9 +11,8 @@ use serde::Deserialize;
 /// What works, beside what xapi-storage-script sees by the scripts that are there.
 ///
 /// Of a datapath plugin's features it reads two (xen-api `ocaml/xapi-storage-script/main.ml`): `NONPERSISTENT`, that
-/// Datapath.open can forget a guest's writes, and `VDI_MIRROR_IN`, that there is Datapath.import_activate. Neither
-/// is there.
-const FEATURES: &[&str] = &[];
+/// Datapath.open can forget a guest's writes, and `VDI_MIRROR_IN`, that there is Datapath.import_activate.
+const FEATURES: &[&str] = &["VDI_MIRROR_IN"];
 
 /// Nothing is asked.
 #[derive(Debug, Deserialize)]

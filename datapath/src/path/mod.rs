@@ -6,6 +6,7 @@ pub mod attach;
 pub mod close;
 pub mod deactivate;
 pub mod detach;
+pub mod import_activate;
 pub mod open;
 
 use plugin::error::Error;

@@ -4,5 +4,7 @@
 
 mod calls;
 mod hosts;
+mod import;
 mod rough;
 mod scene;
+mod tapdisk;

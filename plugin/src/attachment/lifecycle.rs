@@ -72,6 +72,7 @@ impl Attachment {
     /// When what was written could not be flushed. The graph is closed then, and the same error comes again until the
     /// domain is activated anew or detached. After any other error the domain is still active.
     pub async fn deactivate(&mut self, domain: &Domain) -> Result<()> {
+        self.end_import(|owner| owner == domain)?;
         self.ready()?;
         if let Some(reason) = self.state.unflushed.get(domain) {
             return Err(Error::Qemu { doing: "flushing the last writes".to_owned(), reason: reason.clone() });
@@ -120,6 +121,7 @@ impl Attachment {
     ///
     /// When the daemon's process does not end.
     pub async fn stop(&mut self) -> Result<()> {
+        self.end_import(|_| true)?;
         match &self.state.daemon {
             Some(process) => daemon::stop(&self.host, &self.directory, process).await?,
             None => daemon::remove_files(&self.directory)?,
@@ -161,6 +163,7 @@ impl Attachment {
         if !self.state.domains.iter().any(is_stale) || self.clients().await? > 0 {
             return Ok(());
         }
+        self.end_import(|owner| owner != domain && owner.is_migration())?;
         for (other, usage) in &mut self.state.domains {
             if is_stale((other, usage)) {
                 tracing::info!(stale = %other, "a migration that nobody is connected for no longer counts");

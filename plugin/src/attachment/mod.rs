@@ -17,6 +17,7 @@
 
 mod clients;
 mod graph_state;
+mod import;
 mod lifecycle;
 mod live;
 mod state;
@@ -35,6 +36,7 @@ use crate::qemu::graph;
 use crate::qemu::qmp::Client;
 use crate::record::{self, Durability};
 use crate::store::Mode;
+pub use import::import_socket;
 use state::State;
 pub use state::Use;
 

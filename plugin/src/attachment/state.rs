@@ -72,6 +72,19 @@ pub(super) struct State {
     /// or detached.
     #[serde(default)]
     pub unflushed: BTreeMap<Domain, String>,
+    /// The import that writes to the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import: Option<Import>,
+}
+
+/// An import, for which a relay runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Import {
+    /// The domain with whose activation it ends.
+    pub domain: Domain,
+    /// The relay's process.
+    pub relay: Process,
 }
 
 /// A chain that is open and exported.
@@ -121,6 +134,7 @@ impl State {
             domains: BTreeMap::new(),
             open: None,
             unflushed: BTreeMap::new(),
+            import: None,
         }
     }
 

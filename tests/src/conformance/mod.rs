@@ -16,6 +16,7 @@ mod bench;
 mod crowd;
 mod data;
 mod golden;
+mod import;
 mod invariant;
 mod live;
 mod mirror;
@@ -172,7 +173,7 @@ type Collect = fn(&mut Group<'_>);
 /// Every check there is.
 #[must_use]
 pub fn all_checks() -> Vec<Check> {
-    let groups: [(&'static str, Collect); 16] = [
+    let groups: [(&'static str, Collect); 17] = [
         ("golden", golden::checks),
         ("plugin", plugin::checks),
         ("sr", sr::checks),
@@ -185,6 +186,7 @@ pub fn all_checks() -> Vec<Check> {
         ("live", live::checks),
         ("mirror", mirror::checks),
         ("mirror's end", mirror_end::checks),
+        ("import", import::checks),
         ("process", process::checks),
         ("bad input", bad_input::checks),
         ("size", bad_size::checks),

@@ -2,6 +2,7 @@
 //!
 //! Several hosts live in one process. A script is told by `XAPI_STORAGE_QCOW2_ROOT` on which it runs.
 
+mod descriptor;
 mod export;
 mod layout;
 mod leftover;
@@ -19,6 +20,7 @@ use tokio::net::UnixStream;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
 
+pub use descriptor::pass;
 pub use export::ImportPath;
 pub use layout::{DATAPATH, VOLUME, inventory};
 pub use leftover::Leftovers;

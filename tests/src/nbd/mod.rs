@@ -15,10 +15,12 @@ mod client;
 mod error;
 mod handshake;
 mod reply;
+mod tapdisk;
 mod uri;
 mod wire;
 
 pub use client::Client;
 pub use error::Error;
 pub use handshake::{Export, Options};
+pub use tapdisk::Tapdisk;
 pub use uri::Uri;

@@ -18,6 +18,8 @@ pub const FIXED_NEWSTYLE: u16 = 1;
 /// Handshake flag of both sides: no padding after the old export name option.
 pub const NO_ZEROES: u16 = 2;
 
+/// Chooses an export and starts the transmission, without any answer but its size and flags.
+pub const OPT_EXPORT_NAME: u32 = 1;
 /// Asks for an export and starts the transmission.
 pub const OPT_GO: u32 = 7;
 /// Asks for structured replies.

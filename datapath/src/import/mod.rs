@@ -1,0 +1,88 @@
+//! The import of a volume from SMAPIv1: a process that takes connections over and relays them to the volume's export.
+//!
+//! ```text
+//!   tapdisk ──network──► xapi ──descriptor──► import.sock ──► relay ──► nbd.sock ──► storage daemon
+//! ```
+//!
+//! xapi accepts the source's connection and passes it on as a descriptor (xen-api `ocaml/xapi/storage_migrate.ml`,
+//! nbd_handler). At its other end is the NBD client of tapdisk, which cannot be given to the storage daemon as it is
+//! (blktap `drivers/block-nbd.c`): it asks for the export `tapdisk_client`, whatever the export is called, and when
+//! tapdisk pauses it says goodbye and then wants to be greeted anew on the same connection.
+//!
+//! The process lives from Datapath.import_activate until its socket goes, which Datapath.deactivate removes; see
+//! [`plugin::attachment`].
+
+mod receive;
+mod serve;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use plugin::attachment::import_socket;
+use plugin::error::{Error, Result};
+use plugin::host::Host;
+use plugin::id::VolumeKey;
+use plugin::qemu::daemon::Sockets;
+
+/// The argument by which this executable is the relay of an import; a volume's key follows.
+pub const ENTRY: &str = "import-relay";
+
+/// How often it is looked whether the socket is still there.
+const TICK: Duration = Duration::from_millis(500);
+
+/// Relays connections to the export of the volume `key` until the import ends. The exit status is for people.
+pub fn main(host: &Host, key: &str) -> ExitCode {
+    plugin::smapi::start_log("info");
+    let outcome = key.parse::<VolumeKey>().and_then(|key| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::io("starting the runtime", error))?;
+        runtime.block_on(run(host, key))
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(volume = key, error = error.chain(), "the import failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes descriptors and serves each in a task of its own.
+async fn run(host: &Host, key: VolumeKey) -> Result<()> {
+    let directory = host.volume_dir(key);
+    let patience = Duration::from_secs(host.settings()?.handshake_seconds);
+    let export = Sockets::of(&directory).nbd();
+    let path = import_socket(&directory);
+    let listener = receive::Listener::bind(&path)?;
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let control = accepted?;
+                tokio::spawn(one(control, patience, export.clone(), key));
+            }
+            () = tokio::time::sleep(TICK) => {}
+        }
+        if !listener.is_at(&path) {
+            tracing::info!(volume = %key, "the import has ended");
+            return Ok(());
+        }
+    }
+}
+
+/// Receives one connection and serves it to its end.
+async fn one(control: receive::Control, patience: Duration, export: impl AsRef<Path>, key: VolumeKey) {
+    let connection = match tokio::time::timeout(patience, control.connection()).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return tracing::warn!(error = error.chain(), "no connection was passed"),
+        Err(_) => return tracing::warn!("nothing was passed in time"),
+    };
+    let (stream, datapath) = connection;
+    tracing::info!(volume = %key, datapath, "importing");
+    match serve::serve(stream, export.as_ref(), &key.to_string()).await {
+        Ok(()) => tracing::info!(volume = %key, datapath, "the importing client has gone"),
+        Err(error) => tracing::warn!(volume = %key, datapath, error = error.chain(), "an import was cut off"),
+    }
+}

@@ -1,0 +1,124 @@
+//! One importing client: greeted as often as it wants, and its requests passed to the volume's export.
+
+use std::path::Path;
+
+use plugin::error::{Error, Result};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use crate::nbd::{self, DISCONNECT, REQUEST_BYTES, REQUEST_MAGIC, WRITE};
+
+/// The size of each direction's buffer.
+const BUFFER: usize = 256 << 10;
+
+/// The longest payload that is passed on: what NBD's `doc/proto.md` lets a client send unasked.
+const PAYLOAD_BYTES: u32 = 32 << 20;
+
+/// How a client's requests ended.
+enum End {
+    /// It said goodbye, and may come back on the same connection.
+    Goodbye,
+    /// It closed the connection.
+    Closed,
+}
+
+/// Serves the client until it closes its connection, or that breaks.
+///
+/// The export is connected to only while the client is past its handshake: a tapdisk that is paused holds nothing open.
+///
+/// # Errors
+///
+/// When either connection breaks, or the client breaks the protocol.
+pub async fn serve(client: impl AsyncRead + AsyncWrite + Unpin, socket: &Path, export: &str) -> Result<()> {
+    let (from_client, mut to_client) = tokio::io::split(client);
+    let mut from_client = BufReader::with_capacity(BUFFER, from_client);
+    let mut greeted = false;
+    loop {
+        let choice = match nbd::negotiate(&mut from_client, &mut to_client).await {
+            Ok(Some(choice)) => choice,
+            Ok(None) => return Ok(()),
+            // One that said goodbye need not come back.
+            Err(Error::Io { source, .. }) if greeted && source.kind() != std::io::ErrorKind::InvalidData => {
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        greeted = true;
+        let name = String::from_utf8_lossy(&choice.name);
+        tracing::info!(%name, "the importing client has chosen an export");
+        let mut server = UnixStream::connect(socket).await.map_err(Error::on("connecting to", socket))?;
+        let chosen = nbd::choose(&mut server, export).await?;
+        choice.accept(&mut to_client, chosen).await?;
+        match relay(&mut from_client, &mut to_client, server).await.map_err(broken)? {
+            End::Goodbye => {}
+            End::Closed => return Ok(()),
+        }
+    }
+}
+
+/// Passes requests and replies on until the client has said goodbye and the export has answered everything.
+async fn relay(
+    from_client: &mut (impl AsyncRead + Unpin),
+    to_client: &mut (impl AsyncWrite + Unpin),
+    server: UnixStream,
+) -> std::io::Result<End> {
+    let (from_server, mut to_server) = server.into_split();
+    let mut from_server = BufReader::with_capacity(BUFFER, from_server);
+    let replies = async {
+        tokio::io::copy_buf(&mut from_server, to_client).await?;
+        to_client.flush().await
+    };
+    let requests = requests(from_client, &mut to_server);
+    tokio::pin!(replies, requests);
+    tokio::select! {
+        end = &mut requests => {
+            // The export closes once it has answered what came before the goodbye.
+            let end = end?;
+            replies.await?;
+            Ok(end)
+        }
+        result = &mut replies => {
+            result?;
+            Err(std::io::Error::new(std::io::ErrorKind::ConnectionReset, "the export was closed"))
+        }
+    }
+}
+
+/// Passes requests on until the client says goodbye or closes; the export is then told goodbye.
+async fn requests(
+    from_client: &mut (impl AsyncRead + Unpin),
+    to_server: &mut (impl AsyncWrite + Unpin),
+) -> std::io::Result<End> {
+    loop {
+        let mut header = [0; REQUEST_BYTES];
+        if from_client.read(&mut header[..1]).await? == 0 {
+            to_server.shutdown().await?;
+            return Ok(End::Closed);
+        }
+        from_client.read_exact(&mut header[1..]).await?;
+        let [a, b, c, d, _, _, e, f, ..] = header;
+        let (magic, command) = (u32::from_be_bytes([a, b, c, d]), u16::from_be_bytes([e, f]));
+        let [.., g, h, i, j] = header;
+        let length = u32::from_be_bytes([g, h, i, j]);
+        if magic != REQUEST_MAGIC || (command == WRITE && length > PAYLOAD_BYTES) {
+            let reason = format!("a request with magic {magic:#x} and length {length}");
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, reason));
+        }
+        to_server.write_all(&header).await?;
+        if command == WRITE {
+            let payload = tokio::io::copy(&mut from_client.take(u64::from(length)), to_server).await?;
+            if payload < u64::from(length) {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        to_server.flush().await?;
+        if command == DISCONNECT {
+            return Ok(End::Goodbye);
+        }
+    }
+}
+
+/// Makes the error of a connection that broke.
+fn broken(source: std::io::Error) -> Error {
+    Error::io("relaying an import", source)
+}

@@ -1,0 +1,81 @@
+//! The relay of an import: a process that writes to the volume's export for a client of another host.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::Attachment;
+use super::state::{Import, Use};
+use crate::error::{Error, Result};
+use crate::host::Launch;
+use crate::id::Domain;
+
+/// Gives the path of the socket at which connections are passed to an import, in a volume's runtime directory.
+pub fn import_socket(directory: &Path) -> PathBuf {
+    directory.join("import.sock")
+}
+
+impl Attachment {
+    /// Starts this executable with `arguments` as the relay of an import, unless one runs, and gives its socket, which
+    /// takes connections when this returns.
+    ///
+    /// It belongs to the domain, or to another that writes where the domain does not: xapi does not name the one that
+    /// it activated in every case (docs/xapi.md). It ends with that domain's activation, and never outlives it: a
+    /// source that is slow to stop must not write to what a guest has started to use.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotActive`] when no domain writes; else the relay does not start.
+    pub fn import(&mut self, domain: &Domain, arguments: &[OsString]) -> Result<PathBuf> {
+        self.ready()?;
+        let writes = |domain: &Domain| self.state.domains.get(domain) == Some(&Use::ReadWrite);
+        let owner = Some(domain).filter(|domain| writes(domain));
+        let owner = owner.or_else(|| self.state.domains.keys().find(|domain| writes(domain)));
+        let Some(owner) = owner.filter(|_| self.state.open.is_some()).cloned() else {
+            return Err(Error::NotActive { volume: self.export_name() });
+        };
+        let socket = import_socket(&self.directory);
+        if self.state.import.as_ref().is_some_and(|import| import.relay.is_alive(&self.host)) && socket.exists() {
+            return Ok(socket);
+        }
+        self.end_import(|_| true)?;
+        let program = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
+        let unit = format!("xapi-storage-qcow2-import-{}", self.state.volume);
+        let log = self.directory.join("import.log");
+        let relay = Launch { unit: &unit, program: &program, arguments, log: &log }.start(&self.host)?;
+        self.state.import = Some(Import { domain: owner, relay });
+        self.save()?;
+        let deadline = Instant::now() + self.settings.qmp();
+        while !socket.exists() {
+            if !relay.is_alive(&self.host) || Instant::now() >= deadline {
+                self.end_import(|_| true)?;
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                return Err(Error::Internal(format!("the relay of an import did not start: {}", said.trim())));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(socket)
+    }
+
+    /// Ends the import of a domain that `ends` names. Its client is cut off; what it was told is written is.
+    ///
+    /// # Errors
+    ///
+    /// When the relay's process does not end.
+    pub(super) fn end_import(&mut self, ends: impl FnOnce(&Domain) -> bool) -> Result<()> {
+        // A relay that no record tells of, as its call was killed, ends by itself when its socket goes.
+        let socket = import_socket(&self.directory);
+        let Some(import) = &self.state.import else {
+            let _ = fs::remove_file(socket);
+            return Ok(());
+        };
+        if !ends(&import.domain) {
+            return Ok(());
+        }
+        let _ = fs::remove_file(socket);
+        import.relay.kill(&self.host, self.settings.qmp())?;
+        self.state.import = None;
+        self.save()
+    }
+}
