@@ -1,7 +1,8 @@
 //! A SMAPIv3 script: one call in, one answer out.
 //!
 //! xapi-storage-script runs `<plugin directory>/<Method> --json` with one JSON object on standard input and reads
-//! one JSON document from standard output; anything else there spoils the answer. A failed call exits with
+//! one JSON document from standard output; anything else there spoils the answer. static-vdis, which needs no xapi,
+//! gives arguments instead of JSON. A failed call exits with
 //! non-zero and an object of `code`, `params` and `backtrace` (xen-api `ocaml/xapi-storage-script/lib.ml`).
 //!
 //! An executable's table of [`Method`]s is all there is to know about what it answers:
@@ -12,6 +13,8 @@
 //!             └────────────┴── Error ─────┴─────────────┴─────► {code, params, backtrace}, exit 1
 //! ```
 
+mod command_line;
+mod trace;
 mod types;
 
 use std::ffi::OsString;
@@ -23,7 +26,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tracing::info_span;
+use tracing::error_span;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -98,18 +101,30 @@ pub fn run(
         let names: String = methods.iter().map(|method| format!("{}\n", method.name)).collect();
         return written(stdout, names.as_bytes(), ExitCode::SUCCESS);
     }
-    let answer = choose(methods, arguments).and_then(|method| call(method, host, stdin));
+    let chosen =
+        choose(methods, arguments).and_then(|(method, rest)| match command_line::request(method.name, rest) {
+            Some(request) => Ok((method, request?)),
+            None => Ok((method, read(stdin)?)),
+        });
+    let answer = match chosen {
+        Ok((method, request)) => call(method, host, request),
+        Err(error) => Err(logged(error)),
+    };
     match answer {
         Ok(value) => written(stdout, value.to_string().as_bytes(), ExitCode::SUCCESS),
         Err(error) => {
             let chain = error.chain();
-            tracing::error!(error = chain, "call failed");
             let (code, params) = error.code();
             let backtrace = json!({"error": chain, "files": [], "lines": []});
             let value = json!({"code": code, "params": params, "backtrace": backtrace});
             written(stdout, value.to_string().as_bytes(), ExitCode::FAILURE)
         }
     }
+}
+
+fn logged(error: Error) -> Error {
+    tracing::error!(error = error.chain(), "call failed");
+    error
 }
 
 /// Writes the one answer; a caller that does not read it is told by the exit status.
@@ -123,23 +138,25 @@ fn written(stdout: &mut dyn Write, bytes: &[u8], code: ExitCode) -> ExitCode {
     }
 }
 
-/// Finds the method that the arguments name. xapi spells one name in two ways (`Plugin.query`, `Plugin.Query`).
-fn choose<'a>(methods: &'a [Method], arguments: &[OsString]) -> Result<&'a Method> {
+/// Finds the method that the arguments name, and gives the arguments behind the name. xapi spells one name in two ways
+/// (`Plugin.query`, `Plugin.Query`).
+fn choose<'a, 'b>(methods: &'a [Method], arguments: &'b [OsString]) -> Result<(&'a Method, &'b [OsString])> {
     let named = |name: &[u8]| methods.iter().find(|method| method.name.as_bytes().eq_ignore_ascii_case(name));
     let own_name = arguments.first().and_then(|argument| Path::new(argument).file_name());
     if let Some(method) = own_name.and_then(|name| named(name.as_bytes())) {
-        return Ok(method);
+        return Ok((method, &arguments[1..]));
     }
     let Some(argument) = arguments.get(1) else {
         return Err(Error::BadRequest("no method: call this by a method's name, or give one as argument".to_owned()));
     };
-    named(argument.as_bytes()).ok_or_else(|| {
+    let method = named(argument.as_bytes()).ok_or_else(|| {
         Error::BadRequest(format!("{:?} is not a method of this plugin", Shortened(&argument.to_string_lossy())))
-    })
+    })?;
+    Ok((method, &arguments[2..]))
 }
 
-/// Reads the request and executes it.
-fn call(method: &Method, host: &Host, stdin: &mut dyn Read) -> Result<Value> {
+/// Reads the request.
+fn read(stdin: &mut dyn Read) -> Result<Value> {
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).map_err(|error| Error::io("reading the request", error))?;
     let request: Value = serde_json::from_slice(&bytes)
@@ -147,19 +164,25 @@ fn call(method: &Method, host: &Host, stdin: &mut dyn Read) -> Result<Value> {
     if !request.is_object() {
         return Err(Error::BadRequest("the request is not a JSON object".to_owned()));
     }
-    // The first line is the task's name; a trace context may follow (xen-api ocaml/libs/tracing).
-    let dbg = request.get("dbg").and_then(Value::as_str).and_then(|text| text.lines().next()).unwrap_or_default();
+    Ok(request)
+}
+
+/// Executes a request. Whatever is logged meanwhile says for which call it is.
+fn call(method: &Method, host: &Host, request: Value) -> Result<Value> {
     let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default();
-    let span = info_span!(
+    let (task, parent) = trace::of(field("dbg"), std::env::var(trace::VARIABLE).ok());
+    // Of the level of an error, so that it is there whatever is chosen to be logged.
+    let span = error_span!(
         "call",
         method = method.name,
-        dbg = ?Shortened(dbg),
+        dbg = ?Shortened(task),
+        traceparent = parent.as_deref(),
         sr = ?Shortened(field("sr")),
         key = ?Shortened(field("key")),
         uri = ?Shortened(field("uri")),
     );
     let _entered = span.enter();
-    (method.call)(host, request)
+    (method.call)(host, request).map_err(logged)
 }
 
 #[cfg(test)]
@@ -211,6 +234,14 @@ mod tests {
             let (_, stdout) = call_with(&["Volume.stat", "--json"], request);
             assert!(stdout.contains("SR_BACKEND_FAILURE_115"), "{stdout}");
         }
+    }
+
+    #[test]
+    fn arguments_take_the_place_of_json_where_static_vdis_gives_them() {
+        let (code, stdout) = call_with(&["/x/Volume.stat", "static-vdis", "s", "k"], b"");
+        assert_eq!(code, format!("{:?}", ExitCode::SUCCESS));
+        assert_eq!(stdout, r#"{"dbg":"static-vdis","key":"k","sr":"s"}"#);
+        assert_eq!(call_with(&["/bin/plugin", "Volume.stat", "static-vdis", "s", "k"], b"").1, stdout);
     }
 
     #[test]

@@ -8,8 +8,15 @@ use plugin::smapi::QueryResult;
 use serde::Deserialize;
 
 /// What works, beside what xapi-storage-script sees by the scripts that are there.
-const FEATURES: &[&str] =
-    &["VDI_MIRROR", "VDI_MIRROR_IN", "VDI_REVERT", "VDI_ACTIVATE_READONLY", "THIN_PROVISIONING", "LARGE_VDI"];
+const FEATURES: &[&str] = &[
+    "VDI_MIRROR",
+    "VDI_MIRROR_IN",
+    "VDI_REVERT",
+    "VDI_ACTIVATE_READONLY",
+    "VDI_ATTACH_OFFLINE",
+    "THIN_PROVISIONING",
+    "LARGE_VDI",
+];
 
 /// Nothing is asked.
 #[derive(Debug, Deserialize)]
