@@ -5,8 +5,8 @@
 #
 # xapi-storage-script watches <PREFIX>/libexec/xapi-storage-script/volume and …/datapath, and takes whatever
 # appears there for a plugin, at once and once only. So a plugin's directory is made complete beside them, on the
-# same file system, and put in place by a single rename. It holds the executable and a link to it under the name of
-# each method, so that an upgrade changes both together. An older directory is exchanged with the new one, because
+# same file system, and put in place by a single rename. It holds the executable, a link to it under the name of each
+# method, and what runs them when tracing is on (observer.py), so that an upgrade changes all together. An older directory is exchanged with the new one, because
 # a moment without the name would be taken for the plugin's removal; calls that run go on in the old one.
 set -eu
 umask 022
@@ -65,6 +65,8 @@ make_plugin() {
             *) die "$1 lists '$method', which is no method's name" ;;
         esac
     done
+    cp -- "$here/packaging/observer.py" "$2/observer.py"
+    chmod 0644 -- "$2/observer.py"
     if [ "$(id -u)" -eq 0 ]; then
         chown -R -h 0:0 -- "$2"
     fi

@@ -78,7 +78,7 @@ fn methods(executable: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn a_plugins_directory_holds_its_executable_and_a_link_for_each_method_and_nothing_else() {
+fn a_plugins_directory_holds_its_executable_a_link_for_each_method_and_the_observer_and_nothing_else() {
     let stage = Stage::new();
     stage.run(&[]);
     let mut expected: BTreeSet<String> = ["volume", "datapath"].map(str::to_owned).into();
@@ -87,6 +87,7 @@ fn a_plugins_directory_holds_its_executable_and_a_link_for_each_method_and_nothi
         assert!(methods.contains("Plugin.Query"), "{methods:?}");
         expected.insert(directory.to_owned());
         expected.insert(format!("{directory}/{executable}"));
+        expected.insert(format!("{directory}/observer.py"));
         for method in &methods {
             expected.insert(format!("{directory}/{method}"));
             let link = stage.scripts().join(directory).join(method);
@@ -111,7 +112,8 @@ fn what_is_installed_can_be_run_by_all_and_changed_by_its_owner_only() {
         let metadata = stage.scripts().join(&path).symlink_metadata().unwrap();
         assert_eq!(metadata.uid(), own, "{path}");
         if !metadata.is_symlink() {
-            assert_eq!(metadata.permissions().mode() & 0o7777, 0o755, "{path}");
+            let mode = if path.ends_with(".py") { 0o644 } else { 0o755 };
+            assert_eq!(metadata.permissions().mode() & 0o7777, mode, "{path}");
         }
     }
 }

@@ -14,6 +14,9 @@ pub const DATAPATH: &str = "xapi-storage-qcow2-datapath";
 /// Where xapi-storage-script looks for plugins.
 const PLUGINS: &str = "usr/libexec/xapi-storage-script";
 
+/// What packaging/install.sh puts beside the scripts.
+const OBSERVER: &str = include_str!("../../../packaging/observer.py");
+
 /// Makes the directories and the inventory, once; answers the host's uuid.
 pub(super) fn prepare(root: &Path) -> Result<Uuid> {
     for dir in ["etc", "run", "var/run/nbdproxy/export"] {
@@ -82,6 +85,7 @@ async fn link_one(parent: &Path, name: &str, binary: &Path) -> Result<()> {
         std::os::unix::fs::symlink(&binary, aside.join(method))?;
         count += 1;
     }
+    std::fs::write(aside.join("observer.py"), OBSERVER)?;
     if count == 0 {
         bail!("{} lists no method", binary.display());
     }

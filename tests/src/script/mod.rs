@@ -2,7 +2,8 @@
 //!
 //! `<dir>/<Method> --json`, the whole path as `argv[0]`, `/` as the directory, SIGPIPE ignored, a few stray
 //! descriptors inherited, the request on stdin without a newline and then the end of file. Both output
-//! pipes are read to their end. There is no time-out: a slow script is waited for.
+//! pipes are read to their end. There is no time-out: a slow script is waited for. With tracing on it is
+//! `python3 -m observer <dir>/<Method> --json` instead.
 
 mod fault;
 mod log;
@@ -11,9 +12,13 @@ mod stray;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use uuid::Uuid;
 
 pub use fault::{CallSite, Fault, FaultHook, Faults};
 pub use log::{CallLog, CallRecord};
+use process::How;
 pub use process::{Exit, Output};
 pub use stray::stray_descriptors;
 
@@ -26,13 +31,14 @@ pub struct Runner {
     root: Arc<Path>,
     log: CallLog,
     faults: Faults,
+    traced: Arc<AtomicBool>,
 }
 
 impl Runner {
     /// A runner whose scripts find the host below `root`.
     #[must_use]
     pub fn new(host: &str, root: &Path, log: CallLog, faults: Faults) -> Self {
-        Self { host: host.into(), root: root.into(), log, faults }
+        Self { host: host.into(), root: root.into(), log, faults, traced: Arc::default() }
     }
 
     /// Where the calls are recorded.
@@ -45,6 +51,12 @@ impl Runner {
     #[must_use]
     pub fn faults(&self) -> &Faults {
         &self.faults
+    }
+
+    /// Runs every script from now on by the observer, with a trace context of its own, as xapi does with tracing on
+    /// (ocaml/xapi-storage-script/main.ml, `fork_exec_rpc`); clones share it.
+    pub fn trace(&self, on: bool) {
+        self.traced.store(on, Ordering::SeqCst);
     }
 
     /// Calls one script and answers what it printed.
@@ -72,7 +84,9 @@ impl Runner {
                 both(first, self.run(&script, request).await)
             }
             Some(Fault::Kill(after)) => {
-                let output = process::run_and_kill(&script, &self.root, &request.encode(), *after).await;
+                let how = self.how();
+                let input = input(request, &how);
+                let output = process::run_and_kill(&script, &self.root, &how, &input, *after).await;
                 (interpret(&script, output), None)
             }
             Some(Fault::Before(action)) => {
@@ -90,7 +104,24 @@ impl Runner {
     }
 
     async fn run(&self, script: &Path, request: &Request) -> Result<Json, Failure> {
-        interpret(script, process::run(script, &self.root, &request.encode()).await)
+        let how = self.how();
+        interpret(script, process::run(script, &self.root, &how, &input(request, &how)).await)
+    }
+
+    fn how(&self) -> How {
+        if !self.traced.load(Ordering::SeqCst) {
+            return How::Plain;
+        }
+        let (trace, span) = (Uuid::new_v4().simple(), Uuid::new_v4().simple().to_string());
+        How::Traced(format!("00-{trace}-{}-01", &span[..16]))
+    }
+}
+
+/// What is written to a script's stdin.
+fn input(request: &Request, how: &How) -> String {
+    match how {
+        How::Plain => request.encode(),
+        How::Traced(traceparent) => request.traced(traceparent).encode(),
     }
 }
 

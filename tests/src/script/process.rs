@@ -36,9 +36,18 @@ pub struct Output {
     pub exit: Exit,
 }
 
+/// What a script is run by.
+#[derive(Debug, Clone)]
+pub(super) enum How {
+    /// Itself.
+    Plain,
+    /// The observer, which is a Python module, with this trace context.
+    Traced(String),
+}
+
 /// Runs a script to its end.
-pub(super) async fn run(script: &Path, root: &Path, input: &str) -> Result<Output, Failure> {
-    let child = spawn(script, root)?;
+pub(super) async fn run(script: &Path, root: &Path, how: &How, input: &str) -> Result<Output, Failure> {
+    let child = spawn(script, root, how)?;
     finish(child, script, input).await
 }
 
@@ -46,10 +55,11 @@ pub(super) async fn run(script: &Path, root: &Path, input: &str) -> Result<Outpu
 pub(super) async fn run_and_kill(
     script: &Path,
     root: &Path,
+    how: &How,
     input: &str,
     after: Duration,
 ) -> Result<Output, Failure> {
-    let child = spawn(script, root)?;
+    let child = spawn(script, root, how)?;
     let pid = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
     let finish = finish(child, script, input);
     tokio::pin!(finish);
@@ -64,13 +74,21 @@ pub(super) async fn run_and_kill(
     finish.await
 }
 
-fn spawn(script: &Path, root: &Path) -> Result<Child, Failure> {
+fn spawn(script: &Path, root: &Path, how: &How) -> Result<Child, Failure> {
     stray::keep_open();
     // std gives a child the default SIGPIPE; the daemon's children ignore it. A shell is what can set that
     // before exec without unsafe code here; it leaves the same process with the script's path as argv[0].
-    Command::new("/bin/sh")
-        .arg("-c")
-        .arg("trap '' PIPE; exec \"$0\" --json")
+    let mut command = Command::new("/bin/sh");
+    command.arg("-c");
+    match how {
+        How::Plain => command.arg("trap '' PIPE; exec \"$0\" --json"),
+        How::Traced(traceparent) => command
+            .arg("trap '' PIPE; exec /usr/bin/python3 -m observer \"$0\" --json")
+            .env("TRACEPARENT", traceparent)
+            .env("OBSERVER_CONFIG_DIR", "/etc/xensource/observer/smapi/enabled")
+            .env("PYTHONPATH", script.parent().unwrap_or(Path::new("/"))),
+    };
+    command
         .arg(script)
         .current_dir("/")
         .env("XAPI_STORAGE_QCOW2_ROOT", root)

@@ -26,6 +26,18 @@ impl Request {
         Json::Object(fields).encode()
     }
 
+    /// The same request with a trace context behind its `dbg`.
+    #[must_use]
+    pub fn traced(&self, traceparent: &str) -> Self {
+        let mut traced = self.clone();
+        for (name, value) in &mut traced.fields {
+            if let ("dbg", Json::String(dbg)) = (*name, value) {
+                dbg.push_str(&format!("\n{{\"traceparent\":\"{traceparent}\"}}"));
+            }
+        }
+        traced
+    }
+
     /// The value of a string parameter, for logs and for choosing where to inject a fault.
     #[must_use]
     pub fn text(&self, name: &str) -> Option<&str> {
