@@ -1,4 +1,4 @@
-//! The executable: runs a migration, shows it while it runs, and says whether everything holds.
+//! The executable: runs a migration or the conformance suite, shows it while it runs, and says whether everything holds.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use fake_xapi::conformance;
 use fake_xapi::demo::{History, bars};
 use fake_xapi::plan::Plan;
 use fake_xapi::scenario::{self, Settings, Subject};
@@ -24,6 +25,8 @@ struct Cli {
 enum Command {
     /// Migrates the worked example: five nodes, each with a real file system of its own.
     Demo(Run),
+    /// Judges a SMAPIv3 plugin: one line a rule, and the exit status says whether all are kept.
+    Conformance(Judge),
     /// Migrates whatever tree a plan makes.
     Migrate {
         /// The plan, as JSON.
@@ -32,6 +35,37 @@ enum Command {
         #[command(flatten)]
         run: Run,
     },
+}
+
+/// Which plugin the conformance suite judges, and by what.
+#[derive(Args)]
+struct Judge {
+    /// Where the plugins are: a directory with `volume/` and `datapath/`, or one with `usr/libexec/xapi-storage-script/`.
+    #[arg(long, value_name = "DIR")]
+    root: PathBuf,
+    /// The volume plugin: its SR type, or its directory's name.
+    #[arg(long, value_name = "NAME")]
+    volume: String,
+    /// The device-config of an SR, once for each key; `{dir}` in a value stands for an empty directory.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    config: Vec<(String, String)>,
+    /// Makes only the checks that have this in their group or title; several times for several.
+    #[arg(long, value_name = "PATTERN")]
+    only: Vec<String>,
+    /// Where the report goes, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// How many checks are made at once; for another project's plugin one, if not given.
+    #[arg(long, value_name = "N")]
+    jobs: Option<usize>,
+    /// Runs every script by the observer, as xapi does with tracing on.
+    #[arg(long)]
+    traced: bool,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it has no =")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 #[derive(Args)]
@@ -76,6 +110,7 @@ async fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
         Command::Demo(run) => demo(&run).await,
+        Command::Conformance(judge) => conformance(&judge).await,
         Command::Migrate { plan, run } => migrate(&plan, &run).await,
     };
     match result {
@@ -91,6 +126,28 @@ async fn main() -> ExitCode {
 async fn demo(run: &Run) -> Result<bool> {
     let history = tokio::task::spawn_blocking(History::make).await?.context("the example's file systems")?;
     perform(Subject::Example(history), run).await
+}
+
+async fn conformance(judge: &Judge) -> Result<bool> {
+    let mut subject = conformance::Subject::at(&judge.root, &judge.volume, judge.config.clone()).await?;
+    subject.traced = judge.traced;
+    let jobs = match judge.jobs {
+        Some(jobs) => jobs,
+        // What one check leaves running may disturb another, unless each has a host of its own.
+        None if subject.own_layout => std::thread::available_parallelism().map_or(1, usize::from),
+        None => 1,
+    };
+    let mut stdout = std::io::stdout();
+    let mut tell =
+        |line: &dyn std::fmt::Display| writeln!(stdout, "{line}").context("cannot write to standard output");
+    let checks = conformance::suite::select(&judge.only)?;
+    let report = conformance::suite::run(&subject, checks, jobs, |verdict| tell(verdict)).await?;
+    if let Some(path) = &judge.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    tell(&report.tally)?;
+    Ok(report.tally.failed == 0)
 }
 
 async fn migrate(plan: &PathBuf, run: &Run) -> Result<bool> {

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::raw::{self, Printed};
+use super::subject::DIRECTORY;
 use super::{Subject, answer, invariant};
 use crate::host::{Host, Leftovers, lock};
 use crate::nbd::{Client, Uri};
@@ -34,8 +35,15 @@ pub struct Bench {
     volume_dir: PathBuf,
     /// The datapaths that may have to be taken down.
     used: Mutex<BTreeSet<(String, String)>>,
+    /// The device-configs of the SRs that may have to be destroyed.
+    made: Mutex<Vec<Vec<(String, String)>>>,
     directory: TempDir,
 }
+
+/// A check needs an SR more than there is a place for.
+#[derive(Debug, thiserror::Error)]
+#[error("the device-config names one place, and a second SR needs {DIRECTORY} in it")]
+pub(super) struct OneSrOnly;
 
 /// An SR and how to get at it.
 #[derive(Debug, Clone)]
@@ -57,8 +65,9 @@ impl Bench {
         let host = Host::start("a", &directory.path().join("a"), &subject.plugins, &CallLog::default()).await?;
         let volume_dir = host.volume_plugin(&subject.sr_type)?.dir.clone();
         let nowhere = AttachedSr { sr: String::new(), uuid: String::new(), path: PathBuf::new(), config: Vec::new() };
-        let used = Mutex::default();
-        let mut bench = Self { host, subject: subject.clone(), sr: nowhere, volume_dir, used, directory };
+        host.runner().trace(subject.traced);
+        let (used, made) = (Mutex::default(), Mutex::default());
+        let mut bench = Self { host, subject: subject.clone(), sr: nowhere, volume_dir, used, made, directory };
         bench.sr = bench.new_sr("s").await?;
         Ok(bench)
     }
@@ -70,13 +79,28 @@ impl Bench {
 
     /// Creates and attaches another SR.
     pub async fn new_sr(&self, name: &str) -> Result<AttachedSr> {
+        let place = self.new_place(name)?;
         let path = self.directory.path().join(name);
-        std::fs::create_dir(&path)?;
         let uuid = Uuid::new_v4().to_string();
-        let request = Request::sr_create(DBG, &uuid, &self.subject.config_in(&path), "an SR", "for a check");
+        let request = Request::sr_create(DBG, &uuid, &place, "an SR", "for a check");
         let config = self.call(&request).await?.string_map("SR.create")?;
+        lock(&self.made).push(config.clone());
         let sr = self.attach_sr(&config).await?;
         Ok(AttachedSr { sr, uuid, path, config })
+    }
+
+    /// Makes a place for another SR and gives the device-config of one in it.
+    ///
+    /// # Errors
+    /// [`OneSrOnly`], which skips the check, where a device-config can name one place alone.
+    pub fn new_place(&self, name: &str) -> Result<Vec<(String, String)>> {
+        let path = self.directory.path().join(name);
+        let place = self.subject.config_in(&path);
+        if place == self.subject.config && !lock(&self.made).is_empty() {
+            return Err(OneSrOnly.into());
+        }
+        std::fs::create_dir(&path)?;
+        Ok(place)
     }
 
     /// `SR.attach`
@@ -311,13 +335,45 @@ impl Bench {
             invariant::nothing_on_disk(&self.sr.path)?;
         }
         self.call(&Request::sr("SR.detach", DBG, &self.sr.sr)).await?;
-        let left = leftovers(&self.host).await;
-        ensure!(left.is_empty(), "left over: {left:?}");
-        Ok(())
+        if self.subject.own_layout {
+            let left = leftovers(&self.host).await;
+            ensure!(left.is_empty(), "left over: {left:?}");
+            return Ok(());
+        }
+        // As xapi does it: SR.destroy is of an SR that was attached for it.
+        let sr = self.attach_sr(&self.sr.config).await?;
+        self.call(&Request::sr("SR.destroy", DBG, &sr)).await.map(drop)
     }
 
-    /// Kills what a failed check has left running on this host.
+    /// Takes away what a check that failed has left, as far as the plugin lets it. SRs that are directories go with
+    /// the check's own.
+    pub(super) async fn tidy(&self) {
+        if self.subject.own_layout {
+            return;
+        }
+        let used = std::mem::take(&mut *lock(&self.used));
+        for method in ["Datapath.deactivate", "Datapath.detach"] {
+            for (uri, domain) in &used {
+                let _ = self.call(&Request::datapath(method, DBG, uri, domain)).await;
+            }
+        }
+        let made = lock(&self.made).clone();
+        for config in made {
+            let Ok(sr) = self.attach_sr(&config).await else { continue };
+            let listed = self.call(&Request::sr("SR.ls", DBG, &sr)).await;
+            for volume in listed.ok().and_then(|answer| Volume::decode_list(&answer).ok()).unwrap_or_default() {
+                let _ = self.call(&Request::volume("Volume.destroy", DBG, &sr, &volume.key)).await;
+            }
+            let _ = self.call(&Request::sr("SR.destroy", DBG, &sr)).await;
+        }
+    }
+
+    /// Kills what a failed check has left running on this host. Another plugin may have one daemon for everything.
     pub(super) async fn end_what_is_left(&self) {
+        if !self.subject.own_layout {
+            self.host.close();
+            return;
+        }
         for (pid, _) in self.host.leftovers().processes {
             if let Some(pid) = rustix::process::Pid::from_raw(pid.cast_signed()) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);

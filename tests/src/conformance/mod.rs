@@ -25,20 +25,26 @@ mod order;
 mod own_layout;
 mod plugin;
 mod process;
+mod quicktest;
 mod random;
 mod raw;
 mod relay;
 mod request;
+mod self_test;
 mod sr;
 mod sr_faults;
 mod subject;
+pub mod suite;
 mod twice;
 mod volume;
+mod xcp_ng;
 
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+
+use serde::Serialize;
 
 pub use bench::Bench;
 pub use subject::Subject;
@@ -54,6 +60,8 @@ pub enum Need {
     OwnLayout,
     /// The rights to mount a file system.
     Root,
+    /// Scripts beside which the module lies that runs them when tracing is on, and Python to run it.
+    Observer,
 }
 
 type Run = Arc<dyn Fn(Arc<Bench>) -> Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>> + Send + Sync>;
@@ -88,7 +96,7 @@ pub enum Outcome {
 }
 
 /// How many checks came to what.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// Rules that are kept.
     pub passed: usize,
@@ -129,17 +137,21 @@ impl Check {
         }
         let bench = match Bench::new(subject).await {
             Ok(bench) => Arc::new(bench),
-            Err(error) => return Outcome::Failed(format!("no SR to check with: {error:#}")),
+            Err(error) => return Outcome::Failed(format!("there is no SR to check with: {error:#}")),
         };
         let checked = (self.run)(Arc::clone(&bench)).await;
         let cleaned = match &checked {
             Ok(()) => bench.finish().await,
-            Err(_) => Ok(()),
+            Err(_) => {
+                bench.tidy().await;
+                Ok(())
+            }
         };
         let reasons = bench.mirror_reasons();
         bench.end_what_is_left().await;
         match (checked, cleaned) {
             (Ok(()), Ok(())) => Outcome::Passed,
+            (Err(error), _) if error.is::<bench::OneSrOnly>() => Outcome::Skipped(error.to_string()),
             (Err(error), _) => Outcome::Failed(format!("{error:#}{reasons}")),
             (Ok(()), Err(error)) => Outcome::Failed(format!("cleaning up afterwards: {error:#}")),
         }
@@ -173,7 +185,7 @@ type Collect = fn(&mut Group<'_>);
 /// Every check there is.
 #[must_use]
 pub fn all_checks() -> Vec<Check> {
-    let groups: [(&'static str, Collect); 17] = [
+    let groups: &[(&'static str, Collect)] = &[
         ("golden", golden::checks),
         ("plugin", plugin::checks),
         ("sr", sr::checks),
@@ -191,9 +203,12 @@ pub fn all_checks() -> Vec<Check> {
         ("bad input", bad_input::checks),
         ("size", bad_size::checks),
         ("layout", own_layout::checks),
+        ("self-test", self_test::checks),
+        ("quicktest", quicktest::checks),
+        ("xcp-ng-tests", xcp_ng::checks),
     ];
     let mut checks = Vec::new();
-    for (name, collect) in groups {
+    for &(name, collect) in groups {
         collect(&mut Group { name, checks: &mut checks });
     }
     checks

@@ -35,6 +35,7 @@ pub(super) fn checks(group: &mut Group<'_>) {
     group.add("Plugin.diagnostics answers a text", &[Need::Method("Plugin.diagnostics")], diagnostics);
     group.add("Plugin.ls lists the attached SRs, and no detached one", &[Need::Method("Plugin.ls")], ls);
     group.add("every script accepts a dbg with a trace context behind a newline", &[], trace_context);
+    group.add("every script works when the observer runs it, as with tracing on", &[Need::Observer], observed);
 }
 
 async fn query(b: Arc<Bench>) -> Result<()> {
@@ -107,5 +108,21 @@ async fn trace_context(b: Arc<Bench>) -> Result<()> {
             b.data_wait(&operation).await?;
         }
     }
+    Ok(())
+}
+
+async fn observed(b: Arc<Bench>) -> Result<()> {
+    b.host.runner().trace(true);
+    for method in METHODS.iter().copied() {
+        if b.subject.lacks(Need::Method(method)).is_some() {
+            continue;
+        }
+        let request = super::request::valid(&b, method).await.with_context(|| method.to_owned())?;
+        let answer = b.call(&request).await?;
+        if method == "Data.mirror" {
+            b.data_wait(&crate::wire::Operation::decode(&answer)?).await?;
+        }
+    }
+    b.host.runner().trace(false);
     Ok(())
 }

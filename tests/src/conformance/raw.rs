@@ -30,10 +30,23 @@ pub struct Printed {
 /// # Errors
 /// A signal, an output that does not end, or a panic.
 pub async fn run(script: &Path, root: &Path, input: &[u8], prelude: &str, redirect: &str) -> Result<Printed> {
-    let mut child = Command::new("/bin/sh")
-        .arg("-c")
-        .arg(format!("trap '' PIPE; {prelude} exec \"$0\" --json {redirect}"))
-        .arg(script)
+    let mut command = Command::new("/bin/sh");
+    command.arg("-c").arg(format!("trap '' PIPE; {prelude} exec \"$0\" --json {redirect}")).arg(script);
+    finish(command, script, root, input).await
+}
+
+/// Runs a script with arguments instead of `--json`, as static-vdis does.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_line(script: &Path, root: &Path, arguments: &[&str]) -> Result<Printed> {
+    let mut command = Command::new(script);
+    command.args(arguments);
+    finish(command, script, root, b"").await
+}
+
+async fn finish(mut command: Command, script: &Path, root: &Path, input: &[u8]) -> Result<Printed> {
+    let mut child = command
         .current_dir("/")
         .env("XAPI_STORAGE_QCOW2_ROOT", root)
         .stdin(Stdio::piped())
