@@ -78,6 +78,16 @@ pub enum Error {
         /// The uuid of the host that holds it.
         host: Uuid,
     },
+    /// The chain of nodes that a guest would read through is too long.
+    #[error("volume {volume} would have a chain of {length} nodes; {limit} are the most")]
+    ChainTooLong {
+        /// The volume's key.
+        volume: String,
+        /// How long the chain would be.
+        length: usize,
+        /// How long it may be.
+        limit: usize,
+    },
     /// A size that no volume can have.
     #[error("invalid size: {0}")]
     InvalidSize(String),
@@ -230,6 +240,7 @@ impl Error {
             Self::SrUnavailable { .. } => 47,
             Self::InvalidSize(_) => 79,
             Self::InvalidDeviceConfig { .. } => 91,
+            Self::ChainTooLong { .. } => 109,
             Self::BadRequest(_) => 115,
             Self::Io { .. } => 200,
             Self::Timeout { .. } => 201,

@@ -28,6 +28,7 @@ const METHODS: &[Method] = &[
     Method { name: "SR.set_name", call: |host, request| typed(host, request, sr::set_name::execute) },
     Method { name: "SR.stat", call: |host, request| typed(host, request, sr::stat::execute) },
     Method { name: "Volume.clone", call: |host, request| typed(host, request, vol::clone::execute) },
+    Method { name: "Volume.compose", call: |host, request| typed(host, request, vol::compose::execute) },
     Method { name: "Volume.create", call: |host, request| typed(host, request, vol::create::execute) },
     Method { name: "Volume.destroy", call: |host, request| typed(host, request, vol::destroy::execute) },
     Method { name: "Volume.resize", call: |host, request| typed(host, request, vol::resize::execute) },

@@ -30,6 +30,7 @@ fn requests(bench: &Bench, volume: &str) -> Vec<(&'static str, Value)> {
         ("Volume.set_description", request(json!({"key": volume, "new_description": "x"}))),
         ("Volume.destroy", request(json!({"key": volume}))),
         ("SR.destroy", request(json!({}))),
+        ("Volume.compose", request(json!({"key": volume, "key2": volume}))),
     ]
 }
 

@@ -3,7 +3,7 @@
 //! Only its JSON is read, formats are always given, and no header is followed to another file.
 
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -181,6 +181,35 @@ pub fn resize(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result
     sync(path)
 }
 
+/// Gives an image that nobody has open another backing string, durably; its data is left as it is, and neither its old
+/// backing nor the new one is opened. The lock is held as in [`create`].
+///
+/// # Errors
+///
+/// When the image is in use; else what qemu-img says. Done again, it ends what was interrupted.
+pub fn rebase(path: &Path, backing_name: &str, lock: Option<&FileLock>) -> Result<()> {
+    let mut command = qemu_img("rebase")?;
+    command.args(["-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing_name, "--"]).arg(path);
+    finish(&mut command, lock, "qemu-img rebase", path, PATIENCE)?;
+    sync(path)
+}
+
+/// Tells whether an image has nothing of its own: neither data nor zeroes, so that it reads as what is below it.
+///
+/// # Errors
+///
+/// When the image cannot be read.
+pub fn is_empty(image: &Image) -> Result<bool> {
+    /// More than the metadata of an empty image of any size.
+    const METADATA: u64 = 8 << 20;
+    let metadata = fs::metadata(&image.path).map_err(Error::on("reading the state of", &image.path))?;
+    // A file's blocks are counted in 512 bytes. Where every cluster is searched for, that is soon done.
+    if metadata.blocks() * 512 > METADATA {
+        return Ok(false);
+    }
+    Ok(map(std::slice::from_ref(image))?.iter().all(|extent| !extent.present))
+}
+
 /// Reads what one image's header says. Works while the image is in use.
 ///
 /// # Errors
@@ -321,6 +350,21 @@ mod tests {
         let extents = map(&[top, base]).unwrap();
         assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), MIB);
         assert!(extents.iter().all(|extent| extent.zero && !extent.data && !extent.present));
+    }
+
+    #[test]
+    fn an_image_with_data_or_zeroes_of_its_own_is_not_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        for (write, empty) in [("read 0 4k", true), ("write 64k 4k", false), ("write -z 64k 64k", false)] {
+            let image = Image { node: NodeId::random(), path: dir.path().join(write), virtual_size: MIB };
+            create_overlay(&image.path, "nowhere.qcow2", MIB, None).unwrap();
+            rebase(&image.path, "elsewhere.qcow2", None).unwrap();
+            assert_eq!(info(&image.path).unwrap().backing_filename.as_deref(), Some("elsewhere.qcow2"));
+            let options = format!("driver=qcow2,backing=,file.driver=file,file.filename={}", image.path.display());
+            let written = Command::new("qemu-io").args(["-c", write, "--image-opts", &options]).output().unwrap();
+            assert!(written.status.success(), "{written:?}");
+            assert_eq!(is_empty(&image).unwrap(), empty, "{write}");
+        }
     }
 
     #[test]

@@ -69,7 +69,8 @@ impl Sr {
         };
         let mut tree = LockedTree::new(self.clone(), loaded, lock);
         tree.finish(host)?;
-        sweep_tree(self, &directory, &tree.tree, [])
+        // Its last volume may have been on its way to another tree.
+        if tree.tree.volumes.is_empty() { Ok(()) } else { sweep_tree(self, &directory, &tree.tree, []) }
     }
 
     /// Removes symlinks that lead to no volume.
@@ -77,6 +78,9 @@ impl Sr {
         let volumes = self.path.join("volumes");
         for entry in self.entries(&volumes)? {
             let name = entry.map_err(Error::on("listing", &volumes))?.file_name();
+            if name.as_bytes().starts_with(record::TEMPORARY.as_bytes()) {
+                drop(fs::remove_file(volumes.join(&name)));
+            }
             let Some(key) = name.to_str().and_then(|name| name.parse::<VolumeKey>().ok()) else {
                 continue;
             };

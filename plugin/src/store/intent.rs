@@ -119,6 +119,7 @@ impl LockedTree {
         }
         tracing::info!(tree = %self.id, %volume, "finishing what a killed call began");
         match intent {
+            Intent::Compose { volume, parent, onto } => self.finish_compose(host, volume, parent, onto),
             Intent::Switch(change) => {
                 let Some(moves) = change.moves else {
                     return Err(Error::Internal("a switch without a volume that moves".to_owned()));

@@ -1,11 +1,13 @@
 //! Volumes as xapi sees them, read without locks while others change them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
 use super::locked::{LoadedTree, node_path};
 use super::sr::Sr;
+use super::tree::Intent;
 use crate::error::{Error, Result};
 use crate::id::{TreeId, VolumeKey, VolumeUri};
 use crate::smapi::{VolumeRecord, VolumeType};
@@ -16,17 +18,32 @@ const ATTEMPTS: u32 = 100;
 impl Sr {
     /// Lists all volumes.
     ///
-    /// A tree that appears or disappears meanwhile is listed or not; each tree is as it was at one moment.
+    /// A tree that appears or disappears meanwhile is listed or not; each tree is as it was at one moment. A volume
+    /// that moves from one tree to another meanwhile is listed once.
     ///
     /// # Errors
     ///
     /// When any tree cannot be read: a list that lacks a volume would have xapi forget it.
     pub fn volumes(&self) -> Result<Vec<VolumeRecord>> {
-        let mut records = Vec::new();
+        let mut records = BTreeMap::new();
+        let mut doubtful = BTreeSet::new();
         for id in self.tree_ids()? {
-            records.extend(self.tree_volumes(id)?);
+            for record in self.tree_volumes(id)? {
+                let key = record.key;
+                if records.insert(key, record).is_some() {
+                    doubtful.insert(key);
+                }
+            }
         }
-        Ok(records)
+        doubtful.extend(self.linked()?.into_iter().filter(|key| !records.contains_key(key)));
+        for key in doubtful {
+            match self.stat(key) {
+                Ok(record) => drop(records.insert(key, record)),
+                Err(Error::VolumeDoesNotExist(_)) => drop(records.remove(&key)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(records.into_values().collect())
     }
 
     /// Describes one volume.
@@ -45,7 +62,12 @@ impl Sr {
             let Some(loaded) = self.read_tree(id)? else {
                 return Ok(Some(records));
             };
-            for key in loaded.tree.volumes.keys() {
+            // One that is on its way to another tree, and has arrived there, is no longer of this one.
+            let gone = match loaded.tree.intent {
+                Some(Intent::Compose { volume, .. }) if self.tree_of(volume)? != Some(id) => Some(volume),
+                _ => None,
+            };
+            for key in loaded.tree.volumes.keys().filter(|key| Some(**key) != gone) {
                 match describe(self, &loaded, *key)? {
                     Some(record) => records.push(record),
                     None => return Ok(None),

@@ -240,15 +240,22 @@ impl LockedTree {
                 self.sweep([key]);
             }
             None => {
-                let trees = self.sr.trees();
-                let old = trees.join(format!("{OLD}{}", self.id));
-                fs::rename(&self.directory, &old).map_err(Error::on("renaming", &self.directory))?;
-                record::sync_directory(&trees)?;
-                if let Err(error) = fs::remove_dir_all(&old) {
-                    tracing::warn!(%error, path = %old.display(), "the files of a removed tree are left for later");
-                }
+                self.remove_tree()?;
                 garbage::unlink(&self.sr, key);
             }
+        }
+        Ok(())
+    }
+
+    /// Removes the whole tree; its record has no volume then.
+    pub(super) fn remove_tree(&mut self) -> Result<()> {
+        let trees = self.sr.trees();
+        let old = trees.join(format!("{OLD}{}", self.id));
+        fs::rename(&self.directory, &old).map_err(Error::on("renaming", &self.directory))?;
+        self.loaded.tree.volumes.clear();
+        record::sync_directory(&trees)?;
+        if let Err(error) = fs::remove_dir_all(&old) {
+            tracing::warn!(%error, path = %old.display(), "the files of a removed tree are left for later");
         }
         Ok(())
     }

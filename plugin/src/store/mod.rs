@@ -20,6 +20,7 @@
 //! ([`plan`]), carried out by whoever holds the tree's lock ([`LockedTree`]). Locks are taken in the order SR,
 //! tree, attachment, and none is held across a job.
 
+pub mod compose;
 mod garbage;
 mod header;
 mod intent;

@@ -138,6 +138,8 @@ pub fn rolled_forward(tree: &Tree) -> Tree {
                 node.virtual_size = virtual_size;
             }
         }
+        // What it changes here was in the record when it was begun, or is in the other tree's.
+        Some(Intent::Compose { .. }) => {}
     }
     after
 }
@@ -189,7 +191,7 @@ pub fn destroyed(tree: &Tree, key: VolumeKey) -> Result<Option<Tree>> {
 }
 
 /// Removes a node that neither a volume nor another node needs, and then those below it likewise.
-fn prune(tree: &mut Tree, from: NodeId) {
+pub(super) fn prune(tree: &mut Tree, from: NodeId) {
     let mut node = Some(from);
     while let Some(id) = node {
         if tree.is_frozen(id) || tree.volumes.values().any(|volume| volume.node == id) {

@@ -284,10 +284,15 @@ impl Sr {
     /// [`Error::VolumeDoesNotExist`]; an error that names the file where the tree's record cannot be read.
     pub fn load(&self, key: VolumeKey) -> Result<LoadedTree> {
         let missing = || Error::VolumeDoesNotExist(key.to_string());
-        let id = self.tree_of(key)?.ok_or_else(missing)?;
-        let loaded = self.read_tree(id)?.ok_or_else(missing)?;
-        loaded.tree.volume(key)?;
-        Ok(loaded)
+        loop {
+            let id = self.tree_of(key)?.ok_or_else(missing)?;
+            match self.read_tree(id)?.filter(|loaded| loaded.tree.volumes.contains_key(&key)) {
+                Some(loaded) => return Ok(loaded),
+                // It may have moved to another tree meanwhile.
+                None if self.tree_of(key)? == Some(id) => return Err(missing()),
+                None => {}
+            }
+        }
     }
 
     /// Locks the tree that holds a volume, reads it, and finishes what a killed call began in it.
@@ -321,6 +326,10 @@ impl Sr {
             let loaded = self.read_tree(id)?.ok_or_else(missing)?;
             let mut locked = LockedTree::new(self.clone(), loaded, lock);
             locked.finish(host)?;
+            // What was begun may have been to take it to another tree.
+            if !locked.tree.volumes.contains_key(&key) && self.tree_of(key)? != Some(id) {
+                continue;
+            }
             if locked.tree.intent.as_ref().and_then(Intent::volume) == Some(key) {
                 locked.refuse_second_intent()?;
             }
@@ -400,6 +409,42 @@ impl Sr {
             result => result.map_err(Error::on("making symlink", &link))?,
         }
         record::sync_directory(&self.path.join("volumes"))
+    }
+
+    /// Makes a volume's symlink lead to another tree, durably, from one moment to the next.
+    pub(super) fn relink(&self, key: VolumeKey, id: TreeId) -> Result<()> {
+        let volumes = self.path.join("volumes");
+        let made = volumes.join(format!("{}{key}", record::TEMPORARY));
+        let link = self.volume_link(key);
+        loop {
+            match fs::remove_file(&made) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::on("removing", &made)(error));
+                }
+                _ => {}
+            }
+            std::os::unix::fs::symlink(format!("../trees/{id}"), &made)
+                .map_err(Error::on("making symlink", &made))?;
+            match fs::rename(&made, &link) {
+                // Whoever removes garbage took it for that.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => {
+                    result.map_err(Error::on("renaming", &made))?;
+                    return record::sync_directory(&volumes);
+                }
+            }
+        }
+    }
+
+    /// Lists the volumes that have symlinks, in no order; not all of them need to exist.
+    pub(super) fn linked(&self) -> Result<Vec<VolumeKey>> {
+        let volumes = self.path.join("volumes");
+        let mut keys = Vec::new();
+        for entry in self.entries(&volumes)? {
+            let name = entry.map_err(Error::on("listing", &volumes))?.file_name();
+            keys.extend(name.to_str().and_then(|name| name.parse::<VolumeKey>().ok()));
+        }
+        Ok(keys)
     }
 
     /// Removes a volume's symlink, if it is there.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::id::{NodeId, VolumeKey};
+use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::record::Record;
 use crate::smapi::Keys;
 
@@ -19,8 +19,8 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
 /// The record of a tree, `tree.json`: the truth about what nodes and volumes there are.
 ///
-/// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. A field
-/// that is not known is an error: whatever adds one raises the format. What [`Self::check`] asks for holds of every
+/// Format 1 is an object of `format`, `nodes`, `volumes`, where something was composed `composed` and, while an operation
+/// is under way, `intent`. A field that is not known is an error: whatever adds one raises the format. What [`Self::check`] asks for holds of every
 /// tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,6 +31,10 @@ pub struct Tree {
     pub nodes: BTreeMap<NodeId, Node>,
     /// The volumes, by xapi's key.
     pub volumes: BTreeMap<VolumeKey, Volume>,
+    /// Volumes that ended here by being composed, each with the volume that has its data since: by this a call that
+    /// is repeated is known.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub composed: BTreeMap<VolumeKey, VolumeKey>,
     /// An operation that was begun and whose end is not recorded; whoever locks the tree next finishes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub intent: Option<Intent>,
@@ -137,6 +141,16 @@ pub enum Intent {
         /// The new size in bytes.
         virtual_size: u64,
     },
+    /// A volume is being laid onto another one, which ends. See [`super::compose`].
+    Compose {
+        /// The volume that is laid onto the other.
+        volume: VolumeKey,
+        /// The volume that ends.
+        parent: VolumeKey,
+        /// The tree of the volume that ends; where it is this tree, its record has the result already, and only the
+        /// files' headers may not.
+        onto: TreeId,
+    },
 }
 
 impl Intent {
@@ -144,7 +158,7 @@ impl Intent {
     pub fn volume(&self) -> Option<VolumeKey> {
         match self {
             Self::Switch(change) => change.moves.map(|moves| moves.volume),
-            Self::Resize { volume, .. } => Some(*volume),
+            Self::Resize { volume, .. } | Self::Compose { volume, .. } => Some(*volume),
         }
     }
 }
@@ -160,6 +174,7 @@ impl Tree {
             format: Self::FORMAT,
             nodes: BTreeMap::from([(volume.node, Node { parent: None, virtual_size })]),
             volumes: BTreeMap::from([(key, volume)]),
+            composed: BTreeMap::new(),
             intent: None,
         }
     }
@@ -207,7 +222,7 @@ impl Tree {
     pub fn is_frozen(&self, id: NodeId) -> bool {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.nodes.values().any(|node| node.parent == Some(id)),
-            Some(Intent::Resize { .. }) | None => false,
+            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => false,
         };
         pending || self.children(id).next().is_some()
     }
@@ -216,7 +231,7 @@ impl Tree {
     pub fn referenced_nodes(&self) -> BTreeSet<NodeId> {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.nodes.keys().copied().collect(),
-            Some(Intent::Resize { .. }) | None => Vec::new(),
+            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => Vec::new(),
         };
         self.nodes.keys().copied().chain(pending).collect()
     }
@@ -225,7 +240,7 @@ impl Tree {
     pub fn referenced_volumes(&self) -> BTreeSet<VolumeKey> {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.volumes.keys().copied().collect(),
-            Some(Intent::Resize { .. }) | None => Vec::new(),
+            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => Vec::new(),
         };
         self.volumes.keys().copied().chain(pending).collect()
     }
@@ -248,6 +263,10 @@ impl Tree {
                     Some(found) if found.node == *node => Ok(()),
                     _ => Err(format!("the intent resizes volume {volume}, which is not on node {node}")),
                 }
+            }
+            Some(Intent::Compose { volume, .. }) if self.volumes.contains_key(volume) => Ok(()),
+            Some(Intent::Compose { volume, .. }) => {
+                Err(format!("the intent composes volume {volume}, which is not there"))
             }
         }
     }
@@ -383,7 +402,7 @@ mod tests {
     #[test]
     fn a_record_that_is_not_one_sound_tree_is_refused_in_words() {
         type Damage = fn(&mut Value);
-        let cases: [(&str, Damage); 13] = [
+        let cases: [(&str, Damage); 14] = [
             ("which is not there", |v| v["nodes"][B]["parent"] = json!(V)),
             ("in a circle", |v| v["nodes"][A]["parent"] = json!(B)),
             ("in a circle", |v| v["nodes"][A]["parent"] = json!(A)),
@@ -402,6 +421,7 @@ mod tests {
                 v["intent"] = json!({"switch": {"nodes": {V: {"parent": A, "virtual_size": 512}},
                     "moves": {"volume": V, "overlay": V}}});
             }),
+            ("composes", |v| v["intent"] = json!({"compose": {"volume": A, "parent": V, "onto": B}})),
             ("not on node", |v| {
                 v["intent"] = json!({"resize": {"volume": V, "node": A, "virtual_size": 512}});
             }),

@@ -12,6 +12,7 @@ const FEATURES: &[&str] = &[
     "VDI_MIRROR",
     "VDI_MIRROR_IN",
     "VDI_REVERT",
+    "VDI_COMPOSE",
     "VDI_ACTIVATE_READONLY",
     "VDI_ATTACH_OFFLINE",
     "THIN_PROVISIONING",

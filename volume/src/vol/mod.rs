@@ -1,6 +1,7 @@
 //! Volume.*: the disks of guests and their snapshots.
 
 pub mod clone;
+pub mod compose;
 pub mod create;
 pub mod destroy;
 pub mod resize;

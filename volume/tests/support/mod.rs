@@ -275,6 +275,11 @@ pub fn write(image: &Path, pattern: u8, offset: u64, length: u64) {
     qemu_io(image, &[], &format!("write -P {pattern} {offset} {length}"));
 }
 
+/// Writes zeroes, which are data too, into an image that nobody has open.
+pub fn write_zeroes(image: &Path, offset: u64, length: u64) {
+    qemu_io(image, &[], &format!("write -z {offset} {length}"));
+}
+
 /// Checks that an image's chain reads as a pattern.
 pub fn assert_reads(image: &Path, pattern: u8, offset: u64, length: u64) {
     qemu_io(image, &["-r", "-U"], &format!("read -P {pattern} {offset} {length}"));
@@ -288,7 +293,7 @@ fn qemu_io(image: &Path, mode: &[&str], command: &str) {
 
 /// System calls that change what is on disk.
 pub const CHANGING: &str = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,symlink,symlinkat,mkdir,\
-                            mkdirat,ftruncate,fallocate,write,flock,clone3,vfork";
+                            mkdirat,link,linkat,ftruncate,fallocate,write,flock,clone3,vfork";
 
 /// The same, and those that talk to a daemon.
 pub const SPEAKING: &str = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,symlink,symlinkat,mkdir,\
