@@ -35,7 +35,10 @@ pub fn execute(host: &Host, _: Parameters) -> Result<String> {
     match MirrorRecord::all(host) {
         Ok(mirrors) => {
             for mirror in mirrors {
-                let state = format!("of volume {} to {}: {:?}", mirror.volume, mirror.remote, mirror.phase);
+                let mut state = format!("of volume {} to {}: {:?}", mirror.volume, mirror.remote, mirror.phase);
+                if let Some(reason) = &mirror.reason {
+                    let _ = write!(state, ", {reason}");
+                }
                 line(&mut text, &format!("mirror {}", mirror.key), Ok(state));
             }
         }

@@ -12,7 +12,6 @@ use plugin::id::{Domain, MirrorKey, NodeId, VolumeUri};
 use plugin::lock::FileLock;
 use plugin::mirror::{self, MirrorRecord, OFFLINE_DOMAIN};
 use plugin::nbd::NbdUri;
-use plugin::record::Record;
 use plugin::smapi::Operation;
 use plugin::store::{Mode, Sr};
 use serde::Deserialize;

@@ -30,7 +30,7 @@ pub use pump::{Sample, Wire, WireFault, WireHarm, WireMoment, Wires};
 use crate::script::{CallLog, Faults, Runner};
 use crate::smapiv2::{Dp, DpInfo, Sr, Vdi, Vm};
 use crate::sxm::State;
-use crate::wire::Volume;
+use crate::wire::{Request, Volume};
 
 /// Where a host's plugins come from.
 #[derive(Debug, Clone)]
@@ -178,6 +178,20 @@ impl Host {
         let mut tasks = lock(&self.tasks);
         tasks.retain(|t| !t.is_finished());
         tasks.push(handle);
+    }
+
+    /// What each plugin says of itself, or why it does not.
+    pub async fn diagnostics(&self) -> Vec<String> {
+        let volume = self.volume_plugins.values().map(|plugin| &plugin.dir);
+        let mut texts = Vec::new();
+        for dir in volume.chain(self.datapath_plugins.values().map(|plugin| &plugin.dir)) {
+            let text = match self.runner.call(dir, &Request::diagnostics("OpaqueRef:diagnostics")).await {
+                Ok(answer) => answer.string("diagnostics").unwrap_or_else(|error| error.to_string()),
+                Err(failure) => failure.to_string(),
+            };
+            texts.push(format!("{} {}\n{text}", self.name, dir.display()));
+        }
+        texts
     }
 
     /// Stops the server and every proxy of this host.

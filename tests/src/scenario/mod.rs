@@ -63,7 +63,8 @@ pub struct Outcome {
     pub report: Report,
     /// Source and destination as they were at the switch, drawn side by side; nothing if it never came to it.
     pub drawing: String,
-    /// If not everything holds, the last script calls: host, request, answer and time of each.
+    /// If not everything holds, the last script calls: host, request, answer and time of each; and what the
+    /// plugins say of themselves.
     pub calls: Vec<String>,
 }
 
@@ -107,7 +108,11 @@ async fn on(stage: &Stage, subject: Subject, settings: &Settings, show: Show) ->
     }
     report.guests = witness.accounts();
     report.ok = report.problems.is_empty() && report.properties.all();
-    let calls = if report.ok { Vec::new() } else { last_calls(&stage.log) };
+    let mut calls = if report.ok { Vec::new() } else { last_calls(&stage.log) };
+    if !report.ok {
+        calls.extend(stage.source.diagnostics().await);
+        calls.extend(stage.destination.diagnostics().await);
+    }
     Ok(Outcome { report, drawing, calls })
 }
 
