@@ -10,6 +10,7 @@ mod import;
 mod mirror;
 mod nbd;
 mod path;
+mod task;
 
 use std::process::ExitCode;
 
@@ -34,11 +35,16 @@ const METHODS: &[Method] = &[
     Method { name: "Datapath.deactivate", call: |host, request| typed(host, request, path::deactivate::execute) },
     Method { name: "Datapath.detach", call: |host, request| typed(host, request, path::detach::execute) },
     Method { name: "Datapath.close", call: |host, request| typed(host, request, path::close::execute) },
+    Method { name: "Data.copy", call: |host, request| typed(host, request, data::copy::execute) },
     Method { name: "Data.mirror", call: |host, request| typed(host, request, data::mirror::execute) },
     Method { name: "Data.stat", call: |host, request| typed(host, request, data::stat::execute) },
     Method { name: "Data.cancel", call: |host, request| typed(host, request, data::cancel::execute) },
     Method { name: "Data.destroy", call: |host, request| typed(host, request, data::destroy::execute) },
     Method { name: "Data.ls", call: |host, request| typed(host, request, data::ls::execute) },
+    Method { name: "Task.stat", call: |host, request| typed(host, request, task::stat::execute) },
+    Method { name: "Task.cancel", call: |host, request| typed(host, request, task::cancel::execute) },
+    Method { name: "Task.destroy", call: |host, request| typed(host, request, task::destroy::execute) },
+    Method { name: "Task.ls", call: |host, request| typed(host, request, task::ls::execute) },
 ];
 
 fn main() -> ExitCode {

@@ -1,4 +1,4 @@
-//! Data.ls: the mirrors that are known.
+//! Data.ls: the mirrors and copies that are known.
 
 use plugin::error::Result;
 use plugin::host::Host;
@@ -10,11 +10,15 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize)]
 pub struct Parameters {}
 
-/// Lists the mirrors of this host that go on or ended and were not forgotten, oldest first.
+/// Lists the mirrors and copies of this host that go on or ended and were not forgotten, oldest first.
 ///
 /// # Errors
 ///
 /// When the directory of mirrors cannot be read.
 pub fn execute(host: &Host, _: Parameters) -> Result<Vec<Operation>> {
-    Ok(MirrorRecord::all(host)?.iter().map(|record| Operation::mirror(record.key)).collect())
+    let named = |record: &MirrorRecord| match record.copy {
+        true => Operation::copy(record.key),
+        false => Operation::mirror(record.key),
+    };
+    Ok(MirrorRecord::all(host)?.iter().map(named).collect())
 }

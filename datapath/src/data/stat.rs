@@ -1,24 +1,24 @@
-//! Data.stat: how far a mirror is.
+//! Data.stat: how far a mirror or a copy is.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use plugin::error::Result;
 use plugin::host::{Host, Process};
-use plugin::id::MirrorKey;
-use plugin::mirror::{self, MirrorRecord};
+use plugin::mirror;
 use plugin::smapi::DataStatus;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
-use super::OperationParameters;
+use super::{Known, OperationParameters};
 
 /// How long to wait for the mirror to become complete or fail: xapi asks again without a pause
 /// (xen-api `ocaml/xapi/storage_smapiv3_migrate.ml`).
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Tells how far a mirror is; for one that goes on, after a second or when it becomes complete or fails.
+/// Tells how far an operation is; for one that goes on, after a second or when it becomes complete or fails. A copy that
+/// a mirror does by the way is complete when the mirror was, whatever became of that since.
 ///
 /// Reads one file: no lock and no daemon can make it wait. It never fails, because xapi calls it once in an error
 /// handler where a second error would skip its clean-up: an unknown key, and a record that cannot be read, are a
@@ -28,12 +28,17 @@ const PATIENCE: Duration = Duration::from_secs(1);
 ///
 /// None.
 pub fn execute(host: &Host, parameters: OperationParameters) -> Result<DataStatus> {
-    let Some(key) = parameters.mirror() else { return Ok(DataStatus::failed()) };
     let deadline = Instant::now() + PATIENCE;
     let mut changes = None;
     loop {
-        let Some(mut record) = load(host, key) else { return Ok(DataStatus::failed()) };
-        let status = record.status(host);
+        let (mut record, status) = match find(host, &parameters) {
+            None => return Ok(DataStatus::failed()),
+            Some(Known::Within(record)) if record.was_complete => return Ok(DataStatus::complete()),
+            Some(Known::Own(record) | Known::Within(record)) => {
+                let status = record.status(host);
+                (record, status)
+            }
+        };
         if record.raised && record.phase.is_terminal() {
             // Deactivate failed for it, and now this answer says so too: xapi cannot have missed it.
             if let Err(error) = mirror::acknowledge(host, &mut record) {
@@ -46,16 +51,16 @@ pub fn execute(host: &Host, parameters: OperationParameters) -> Result<DataStatu
         }
         // The first look may have been before the watch was there: look again before waiting.
         match &changes {
-            None => changes = Some(Changes::watch(host, &host.mirror_dir(key), record.supervisor)),
+            None => changes = Some(Changes::watch(host, &host.mirror_dir(record.key), record.supervisor)),
             Some(changes) => changes.wait(left),
         }
     }
 }
 
-/// Reads a record; what cannot be read is as good as unknown.
-fn load(host: &Host, key: MirrorKey) -> Option<MirrorRecord> {
-    MirrorRecord::load(host, key).unwrap_or_else(|error| {
-        tracing::error!(mirror = %key, error = error.chain(), "a mirror's record is unreadable");
+/// Finds an operation; what cannot be read is as good as unknown.
+fn find(host: &Host, parameters: &OperationParameters) -> Option<Known> {
+    parameters.find(host).unwrap_or_else(|error| {
+        tracing::error!(error = error.chain(), "an operation's record is unreadable");
         None
     })
 }

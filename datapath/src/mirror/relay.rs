@@ -20,7 +20,7 @@ const RETRY: Duration = Duration::from_millis(50);
 const BUFFER: usize = 1 << 20;
 
 /// A byte stream to or from a peer.
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// A peer that was connected to and told what it exports.
@@ -34,25 +34,34 @@ pub struct Peer {
 impl Peer {
     /// Makes the one connection and asks about the export.
     ///
-    /// A listener that is absent or refuses is tried again, without end: the caller bounds it. Once connected nothing
-    /// is tried again, because xapi's proxy takes no second connection.
-    ///
     /// # Errors
     ///
-    /// When the connection cannot be made for another reason, or the peer breaks the protocol.
+    /// As [`connect`], and when the peer breaks the protocol.
     pub async fn connect(uri: &NbdUri) -> Result<Self> {
-        let mut stream = loop {
-            match open(&uri.address).await {
-                Ok(stream) => break stream,
-                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                    tokio::time::sleep(RETRY).await;
-                }
-                Err(error) => return Err(Error::io(format!("connecting to {:?}", uri.address), error)),
-            }
-        };
+        let mut stream = connect(&uri.address).await?;
         let greeting = Greeting::read(&mut stream).await?;
         let info = query_export(&mut stream, greeting, &uri.export).await?;
         Ok(Self { stream, greeting, info })
+    }
+}
+
+/// Makes a connection.
+///
+/// A listener that is absent or refuses is tried again, without end: the caller bounds it. Once connected nothing is
+/// tried again, because xapi's proxy takes no second connection.
+///
+/// # Errors
+///
+/// When the connection cannot be made for another reason.
+pub async fn connect(address: &Address) -> Result<Box<dyn Stream>> {
+    loop {
+        match open(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(error) => return Err(Error::io(format!("connecting to {address:?}"), error)),
+        }
     }
 }
 

@@ -56,7 +56,7 @@ pub fn main(host: &Host, key: &str) -> ExitCode {
 }
 
 /// How a mirror ended.
-enum Outcome {
+pub(super) enum Outcome {
     /// The destination has everything, flushed, and the connection is closed.
     Finished,
     /// A call wanted it ended.
@@ -124,12 +124,12 @@ async fn close_source(host: &Host, uri: VolumeUri) {
 }
 
 /// A mirror's supervisor.
-struct Supervisor {
-    host: Host,
-    settings: Settings,
-    record: MirrorRecord,
-    ends: UnboundedReceiver<Waiting>,
-    waiting: Vec<Waiting>,
+pub(super) struct Supervisor {
+    pub(super) host: Host,
+    pub(super) settings: Settings,
+    pub(super) record: MirrorRecord,
+    pub(super) ends: UnboundedReceiver<Waiting>,
+    pub(super) waiting: Vec<Waiting>,
     wanted: Option<(How, String)>,
     target: &'static str,
 }
@@ -138,6 +138,9 @@ impl Supervisor {
     /// Connects, mirrors, and leaves nothing of the mirror in the storage daemon.
     async fn run(&mut self) -> Result<Outcome> {
         let uri: NbdUri = self.record.remote.parse()?;
+        if self.record.copy {
+            return self.copy(&uri).await;
+        }
         let limit = Duration::from_secs(self.settings.handshake_seconds);
         let peer = tokio::select! {
             peer = timeout(limit, Peer::connect(&uri)) => peer.map_err(|_| Error::Timeout {
@@ -362,14 +365,14 @@ impl Supervisor {
     }
 
     /// Goes on to a phase, and tells.
-    fn enter(&mut self, phase: Phase) {
+    pub(super) fn enter(&mut self, phase: Phase) {
         tracing::info!(mirror = %self.record.key, ?phase, "mirror");
         self.record.phase = phase;
         self.store();
     }
 
     /// Writes the record. A full file system must not end the mirror: the last state then stands a little longer.
-    fn store(&mut self) {
+    pub(super) fn store(&mut self) {
         if let Err(error) = self.record.store(&self.host) {
             tracing::warn!(error = error.chain(), "the mirror's state could not be recorded");
         }
@@ -386,7 +389,7 @@ impl Supervisor {
 }
 
 /// Waits for a call that wants the mirror ended.
-async fn want_end(ends: &mut UnboundedReceiver<Waiting>, waiting: &mut Vec<Waiting>) -> (How, String) {
+pub(super) async fn want_end(ends: &mut UnboundedReceiver<Waiting>, waiting: &mut Vec<Waiting>) -> (How, String) {
     match ends.recv().await {
         Some(request) => {
             let wanted = (request.request.end, request.request.reason.clone());

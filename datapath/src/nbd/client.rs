@@ -1,10 +1,13 @@
-//! The client's side of the handshake.
+//! The client's side: an export chosen by its name, and one request after the other.
 
 use plugin::error::{Error, Result};
 use plugin::nbd::Greeting;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{Export, NO_ZEROES, OPT_EXPORT_NAME, OPTION_MAGIC, PADDING, protocol};
+use super::{
+    DISCONNECT, Export, FLUSH, IS_READ_ONLY, NO_ZEROES, OPT_EXPORT_NAME, OPTION_MAGIC, PADDING, READ, REPLY_MAGIC,
+    REQUEST_BYTES, REQUEST_MAGIC, SENDS_FLUSH, SENDS_WRITE_ZEROES, WRITE, WRITE_ZEROES, protocol,
+};
 
 /// Chooses an export on a fresh connection: the next byte from the server is a reply to a request.
 ///
@@ -30,4 +33,122 @@ pub async fn choose(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), name: &s
         stream.read_exact(&mut [0; PADDING]).await.map_err(failed)?;
     }
     Ok(export)
+}
+
+/// A connection to an export, used by one caller that waits for each answer.
+pub struct Connection<S> {
+    stream: S,
+    export: Export,
+    cookie: u64,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    /// Chooses an export on a fresh connection.
+    ///
+    /// # Errors
+    ///
+    /// As [`choose`].
+    pub async fn open(mut stream: S, name: &str) -> Result<Self> {
+        let export = choose(&mut stream, name).await?;
+        Ok(Self { stream, export, cookie: 0 })
+    }
+
+    /// Gives the export's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.export.size
+    }
+
+    /// Tells whether the export refuses writes.
+    pub fn is_read_only(&self) -> bool {
+        self.export.flags & IS_READ_ONLY != 0
+    }
+
+    /// Reads bytes into the whole of `buffer`.
+    ///
+    /// # Errors
+    ///
+    /// When the server refuses, or the connection ends.
+    pub async fn read(&mut self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.request(READ, offset, buffer.len(), &[]).await?;
+        self.stream.read_exact(buffer).await.map(drop).map_err(|error| Error::io("reading by NBD", error))
+    }
+
+    /// Writes bytes; zeroes travel as a request where the server knows it, and leave no data there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub async fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        if self.export.flags & SENDS_WRITE_ZEROES != 0 && data.iter().all(|byte| *byte == 0) {
+            return self.request(WRITE_ZEROES, offset, data.len(), &[]).await;
+        }
+        self.request(WRITE, offset, data.len(), data).await
+    }
+
+    /// Makes what was written durable, where the server knows how; one that does not writes through.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub async fn flush(&mut self) -> Result<()> {
+        if self.export.flags & SENDS_FLUSH == 0 {
+            return Ok(());
+        }
+        self.request(FLUSH, 0, 0, &[]).await
+    }
+
+    /// Says goodbye and waits until the server has closed the connection.
+    ///
+    /// # Errors
+    ///
+    /// When the connection breaks, or the server sends something instead.
+    pub async fn close(mut self) -> Result<()> {
+        self.send(DISCONNECT, 0, 0, &[]).await?;
+        match self.stream.read(&mut [0]).await {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(protocol("saying goodbye by NBD", "the server had more to say")),
+            Err(error) => Err(Error::io("saying goodbye by NBD", error)),
+        }
+    }
+
+    /// Sends a request and waits for its reply.
+    async fn request(&mut self, command: u16, offset: u64, length: usize, payload: &[u8]) -> Result<()> {
+        let doing = match command {
+            READ => "reading by NBD",
+            FLUSH => "flushing by NBD",
+            _ => "writing by NBD",
+        };
+        self.send(command, offset, length, payload).await?;
+        let failed = |error| Error::io(doing, error);
+        let magic = self.stream.read_u32().await.map_err(failed)?;
+        let number = self.stream.read_u32().await.map_err(failed)?;
+        let cookie = self.stream.read_u64().await.map_err(failed)?;
+        if magic != REPLY_MAGIC || cookie != self.cookie {
+            return Err(protocol(doing, format!("a reply with magic {magic:#x}")));
+        }
+        // The protocol's numbers are Linux's.
+        match i32::try_from(number) {
+            Ok(0) => Ok(()),
+            Ok(number) => Err(failed(std::io::Error::from_raw_os_error(number))),
+            Err(_) => Err(protocol(doing, format!("error {number}"))),
+        }
+    }
+
+    /// Sends a request.
+    async fn send(&mut self, command: u16, offset: u64, length: usize, payload: &[u8]) -> Result<()> {
+        let failed = |error| Error::io("sending a request by NBD", error);
+        let length =
+            u32::try_from(length).map_err(|_| protocol("sending a request by NBD", "it is longer than 4 GiB"))?;
+        self.cookie += 1;
+        let mut bytes = Vec::with_capacity(REQUEST_BYTES + payload.len());
+        bytes.extend(REQUEST_MAGIC.to_be_bytes());
+        bytes.extend(0_u16.to_be_bytes());
+        bytes.extend(command.to_be_bytes());
+        bytes.extend(self.cookie.to_be_bytes());
+        bytes.extend(offset.to_be_bytes());
+        bytes.extend(length.to_be_bytes());
+        bytes.extend(payload);
+        self.stream.write_all(&bytes).await.map_err(failed)?;
+        self.stream.flush().await.map_err(failed)
+    }
 }

@@ -60,8 +60,10 @@ fn end_begun(host: &Host, record: MirrorRecord, how: How, reason: &str) -> Resul
     }
     let mut record = MirrorRecord::load(host, record.key)?.unwrap_or(record);
     if !record.phase.is_terminal() {
-        // Its supervisor died. QEMU's job failed with the connection, which was the supervisor's own.
-        job::clear_after_death(host, record.volume)?;
+        // Its supervisor died. QEMU's job failed with the connection, which was the supervisor's own; a copy has none.
+        if !record.copy {
+            job::clear_after_death(host, record.volume)?;
+        }
         record.phase = Phase::Failed;
         record.reason = Some("its supervisor ended unexpectedly".to_owned());
         if let Err(error) = record.store(host) {
@@ -241,7 +243,8 @@ pub fn source_activated(host: &Host, volume: VolumeKey) -> Result<()> {
             continue;
         }
         let mut record = end(host, &record, How::Cancel, "the source was activated for writing")?;
-        if record.phase == Phase::Finished {
+        // A copy that is done owes nothing.
+        if record.phase == Phase::Finished && !record.copy {
             record.phase = Phase::Failed;
             record.reason = Some("the source was activated for writing after the mirror had ended".to_owned());
             record.acknowledged = true;

@@ -112,6 +112,12 @@ pub struct MirrorRecord {
     pub copy_mode: CopyMode,
     /// What was copied and sent.
     pub progress: Progress,
+    /// Whether it is a copy: of [`super::Blocks`] alone, and ended by itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub copy: bool,
+    /// What the caller said of itself, for Task.stat.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub debug_info: String,
     /// What the destination said of its export, for the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -148,6 +154,8 @@ impl MirrorRecord {
             acknowledged: false,
             copy_mode: CopyMode::Background,
             progress: Progress::default(),
+            copy: false,
+            debug_info: String::new(),
             description: None,
             supervisor: None,
             started: now(),
@@ -253,7 +261,7 @@ impl MirrorRecord {
             Phase::Failed | Phase::Cancelled => DataStatus::failed(),
             _ if !running => DataStatus::failed(),
             Phase::Ready => DataStatus::complete(),
-            Phase::Draining if record.live => DataStatus::complete(),
+            Phase::Draining if record.live && record.was_complete => DataStatus::complete(),
             Phase::Starting | Phase::Connecting => DataStatus::running(0.0),
             Phase::Copying | Phase::Draining => {
                 // Never 1: that it is done is said by `complete` alone.

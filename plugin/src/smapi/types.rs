@@ -192,6 +192,11 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// Names a copy.
+    pub fn copy(key: MirrorKey) -> Self {
+        Self::CopyV1(key.to_string())
+    }
+
     /// Names a mirror.
     pub fn mirror(key: MirrorKey) -> Self {
         Self::MirrorV1(key.to_string())

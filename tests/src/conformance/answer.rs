@@ -25,6 +25,8 @@ pub fn decode(method: &str, answer: &Json) -> Result<(), Malformed> {
         "Data.mirror" | "Data.copy" => Operation::decode(answer).map(drop),
         "Data.stat" => MirrorStatus::decode(answer).map(drop),
         "Data.ls" => operations(answer).map(drop),
+        "Task.stat" => answer.fields("answer").map(drop),
+        "Task.ls" => answer.strings("answer").map(drop),
         _ => answer.unit("answer"),
     }
 }

@@ -13,6 +13,7 @@ mod answer;
 mod bad_input;
 mod bad_size;
 mod bench;
+mod copy;
 mod crowd;
 mod data;
 mod golden;
@@ -35,6 +36,7 @@ mod sr;
 mod sr_faults;
 mod subject;
 pub mod suite;
+mod task;
 mod twice;
 mod volume;
 mod xcp_ng;
@@ -198,6 +200,8 @@ pub fn all_checks() -> Vec<Check> {
         ("live", live::checks),
         ("mirror", mirror::checks),
         ("mirror's end", mirror_end::checks),
+        ("copy", copy::checks),
+        ("task", task::checks),
         ("import", import::checks),
         ("process", process::checks),
         ("bad input", bad_input::checks),

@@ -193,6 +193,21 @@ impl Request {
         Self::new("Data.mirror", dbg, vec![("uri", uri.into()), ("domain", domain.into()), ("remote", remote.into())])
     }
 
+    /// `Data.copy` of pairs of a first block and a number of blocks.
+    pub fn data_copy(dbg: &str, uri: &str, domain: &str, remote: &str, block: i64, blocks: &[(i64, i64)]) -> Self {
+        let pairs = blocks.iter().map(|(first, count)| Json::Array(vec![Json::Int(*first), Json::Int(*count)]));
+        // Last declared first, as in every object that the daemon writes.
+        let list = Json::Object(vec![
+            ("ranges".to_owned(), Json::Array(pairs.collect())),
+            ("blocksize".to_owned(), Json::Int(block)),
+        ]);
+        Self::new(
+            "Data.copy",
+            dbg,
+            vec![("uri", uri.into()), ("domain", domain.into()), ("remote", remote.into()), ("blocklist", list)],
+        )
+    }
+
     /// `Data.stat`, `Data.cancel` or `Data.destroy`
     pub fn data(method: &'static str, dbg: &str, operation: &Operation) -> Self {
         Self::new(method, dbg, vec![("operation", operation.to_json())])
