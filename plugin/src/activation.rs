@@ -13,6 +13,9 @@
 //! that host lives cannot be known from here.
 //!
 //! Nothing that others lie on is written to: a volume whose node has children moves to a new overlay first.
+//!
+//! A volume is persistent unless it was opened otherwise ([`open`]); then a guest's writes go to a node that is thrown
+//! away ([`crate::store::Scratch`]).
 
 use std::path::PathBuf;
 
@@ -24,6 +27,64 @@ use crate::host::Host;
 use crate::id::{Domain, VolumeKey, VolumeUri};
 use crate::qemu::block_on;
 use crate::store::{Activation, LockedTree, Mode, Sr, Tree};
+
+/// Opens a volume for a guest that is about to start; what an earlier one wrote and was to be thrown away is gone then.
+/// A volume that stays persistent may be opened by any number of guests.
+///
+/// # Errors
+///
+/// [`Error::SrNotAttached`], [`Error::VolumeDoesNotExist`]; [`Error::VolumeInUse`] or [`Error::ActivatedOnAnotherHost`]
+/// when somebody has it open for writing in another way, or not persistent.
+pub fn open(host: &Host, uri: VolumeUri, persistent: bool) -> Result<()> {
+    let sr = Sr::attached(host, uri.sr)?;
+    if persistent && !sr.load(uri.volume)?.tree.scratch.contains_key(&uri.volume) {
+        return Ok(());
+    }
+    let mut tree = sr.lock(host, uri.volume)?;
+    let written = |mode: Mode| mode == Mode::ReadWrite;
+    let in_use = || {
+        let reason = "it is active, and what is written to it would be kept or lost against what is asked".to_owned();
+        Err(Error::VolumeInUse { volume: uri.volume.to_string(), reason })
+    };
+    let this = host.uuid()?;
+    let has_scratch = tree.scratch(uri.volume).is_some();
+    let mut others = tree.volume(uri.volume)?.active.iter().filter(|claim| claim.host != this);
+    if let Some(claim) = others.find(|claim| has_scratch || written(claim.mode)) {
+        return Err(Error::ActivatedOnAnotherHost { volume: uri.volume.to_string(), host: claim.host });
+    }
+    if let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)?
+        && attachment.open_mode().is_some_and(|mode| has_scratch || written(mode))
+    {
+        if block_on(attachment.is_used())? {
+            return in_use();
+        }
+        // A migration that nobody is connected for: see `Domain::is_migration`.
+        block_on(attachment.stop())?;
+        follow(&mut tree, uri.volume, host, &attachment)?;
+    }
+    tree.empty_scratch(uri.volume, !persistent)
+}
+
+/// Closes a volume whose guest is gone: what it wrote is thrown away if the volume was opened for that, at once or, while
+/// somebody still has it open, by the last one's deactivation. A volume that is gone is closed.
+///
+/// # Errors
+///
+/// When the record cannot be written.
+pub fn close(host: &Host, uri: VolumeUri) -> Result<()> {
+    let loaded = Sr::attached(host, uri.sr).and_then(|sr| sr.load(uri.volume));
+    match loaded {
+        Ok(loaded) if loaded.tree.scratch.contains_key(&uri.volume) => {}
+        Ok(_) | Err(Error::SrNotAttached(_) | Error::VolumeDoesNotExist(_)) => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    let Some(mut tree) = lock_tree(host, uri)? else { return Ok(()) };
+    let this = host.uuid()?;
+    let attachment = Attachment::lock_existing(host, uri.volume)?;
+    let is_open = attachment.is_some_and(|attachment| attachment.open_mode().is_some())
+        || tree.volume(uri.volume)?.active.iter().any(|claim| claim.host != this);
+    if is_open { tree.end_scratch_later(uri.volume) } else { tree.empty_scratch(uri.volume, false) }
+}
 
 /// Attaches a domain to a volume and gives the socket at which its export will be.
 ///
@@ -50,12 +111,23 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
     let this = host.uuid()?;
     refuse_for_others(&tree.tree, uri.volume, this, mode)?;
     let open = attachment.open_mode();
-    if mode == Mode::ReadWrite && open != Some(Mode::ReadWrite) {
-        tree.make_writable(uri.volume)?;
+    let boot_id = host.boot_id()?;
+    let is_before = |claim: &Activation| claim.host == this && claim.boot_id != boot_id;
+    let is_abandoned = tree.volume(uri.volume)?.active.iter().any(is_before);
+    if let Some(scratch) = tree.scratch(uri.volume).filter(|_| is_abandoned) {
+        // The guest that wrote has died with the host. One that was suspended had no claim.
+        let again = !scratch.ended;
+        tree.empty_scratch(uri.volume, again)?;
     }
-    let claim = Activation { host: this, boot_id: host.boot_id()?, mode: mode.max(open.unwrap_or(mode)) };
+    if mode == Mode::ReadWrite && open != Some(Mode::ReadWrite) {
+        match tree.scratch(uri.volume) {
+            Some(_) => tree.make_scratch(uri.volume)?,
+            None => tree.make_writable(uri.volume)?,
+        }
+    }
+    let claim = Activation { host: this, boot_id, mode: mode.max(open.unwrap_or(mode)) };
     set_claim(&mut tree, uri.volume, this, Some(claim))?;
-    let images = tree.chain_images(uri.volume);
+    let images = tree.datapath_images(uri.volume);
     let activated = images.and_then(|images| block_on(attachment.activate(domain, mode, &images)));
     let claimed = follow(&mut tree, uri.volume, host, &attachment);
     match (activated, claimed) {
@@ -120,16 +192,25 @@ fn with_attachment(
 ) -> Result<()> {
     let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)? else {
         return match &mut tree {
-            Some(tree) => set_claim(tree, uri.volume, host.uuid()?, None),
+            Some(tree) => {
+                set_claim(tree, uri.volume, host.uuid()?, None)?;
+                end_scratch(tree, uri.volume)
+            }
             None => Ok(()),
         };
     };
     let closed = close(&mut attachment);
     let claimed = match &mut tree {
-        Some(tree) => follow(tree, uri.volume, host, &attachment),
+        Some(tree) => follow(tree, uri.volume, host, &attachment).and_then(|()| end_scratch(tree, uri.volume)),
         None => Ok(()),
     };
     closed.and(claimed)
+}
+
+/// Throws away what was written to a volume that was closed meanwhile, once nobody has it open any more.
+fn end_scratch(tree: &mut LockedTree, volume: VolumeKey) -> Result<()> {
+    let is_ended = tree.scratch(volume).is_some_and(|scratch| scratch.ended);
+    if is_ended && tree.volume(volume)?.active.is_empty() { tree.empty_scratch(volume, false) } else { Ok(()) }
 }
 
 /// Refuses a mode that another host's claim forbids.

@@ -12,7 +12,7 @@ use serde::Deserialize;
 ///
 /// Of a datapath plugin's features it reads two (xen-api `ocaml/xapi-storage-script/main.ml`): `NONPERSISTENT`, that
 /// Datapath.open can forget a guest's writes, and `VDI_MIRROR_IN`, that there is Datapath.import_activate.
-const FEATURES: &[&str] = &["VDI_MIRROR_IN"];
+const FEATURES: &[&str] = &["VDI_MIRROR_IN", "NONPERSISTENT"];
 
 /// Nothing is asked.
 #[derive(Debug, Deserialize)]

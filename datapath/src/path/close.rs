@@ -1,5 +1,6 @@
 //! Datapath.close: ends a VM's use of a volume.
 
+use plugin::activation;
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::id::VolumeUri;
@@ -10,16 +11,16 @@ use super::parsed;
 /// The volume.
 #[derive(Debug, Deserialize)]
 pub struct Parameters {
-    #[expect(dead_code, reason = "it is decoded to refuse what is no volume's URI")]
     #[serde(deserialize_with = "parsed")]
     uri: VolumeUri,
 }
 
-/// Does nothing: Datapath.open left nothing to undo. A volume that is gone is closed.
+/// Throws away what was written, if Datapath.open said so; a volume that is still active, at its last deactivation. A
+/// volume that is gone is closed.
 ///
 /// # Errors
 ///
-/// None.
-pub fn execute(_: &Host, _: Parameters) -> Result<()> {
-    Ok(())
+/// See [`activation::close`].
+pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
+    activation::close(host, parameters.uri)
 }

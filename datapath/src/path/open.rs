@@ -1,9 +1,9 @@
 //! Datapath.open: begins a VM's use of a volume, before the VM starts.
 
-use plugin::error::{Error, Result};
+use plugin::activation;
+use plugin::error::Result;
 use plugin::host::Host;
 use plugin::id::VolumeUri;
-use plugin::store::Sr;
 use serde::Deserialize;
 
 use super::parsed;
@@ -16,14 +16,14 @@ pub struct Parameters {
     persistent: bool,
 }
 
-/// Checks that the volume is there; writes stay, as they do without this call.
+/// Decides whether what is written from now on stays, as it does without this call, or is thrown away at the next
+/// Datapath.close or Datapath.open. What was to be thrown away before is thrown away now. xapi calls this before it
+/// attaches the volume, and not again for a VM that is resumed.
 ///
 /// # Errors
 ///
-/// [`Error::Unsupported`] when writes are not to stay: xapi must not take a disk for one that forgets when it
-/// does not. [`Error::SrNotAttached`], [`Error::VolumeDoesNotExist`].
+/// See [`activation::open`].
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let Parameters { uri, persistent } = parameters;
-    Sr::attached(host, uri.sr)?.load(uri.volume)?;
-    if persistent { Ok(()) } else { Err(Error::Unsupported("disks that forget what was written".to_owned())) }
+    activation::open(host, uri, persistent)
 }

@@ -91,14 +91,6 @@ fn what_is_gone_is_deactivated_and_detached_and_cannot_be_attached() {
 }
 
 #[test]
-fn a_disk_that_forgets_is_refused() {
-    let scene = Scene::new();
-    let open = json!({"persistent": false, "uri": scene.uri.to_string(), "dbg": ""}).to_string();
-    let failure = scene.try_request("Datapath.open", open.as_bytes()).unwrap_err();
-    assert_eq!(failure.code, "SR_OPERATION_NOT_SUPPORTED");
-}
-
-#[test]
 fn bad_requests_are_refused_and_change_nothing() {
     let scene = Scene::new();
     let uri = scene.uri.to_string();

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::scene::Scene;
 
 /// Kills the volume's daemon and waits for its end.
-fn kill_daemon(scene: &Scene) {
+pub fn kill_daemon(scene: &Scene) {
     for pid in scene.processes() {
         let process = Process::of_pid(&scene.host, pid).unwrap();
         process.kill(&scene.host, Duration::from_secs(60)).unwrap();

@@ -7,4 +7,5 @@ mod hosts;
 mod import;
 mod rough;
 mod scene;
+mod scratch;
 mod tapdisk;

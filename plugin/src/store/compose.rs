@@ -160,6 +160,8 @@ impl LockedTree {
     /// locks the tree next.
     pub fn compose(mut self, child: VolumeKey, parent: VolumeKey, onto: Option<Self>) -> Result<()> {
         self.refuse_second_intent()?;
+        self.refuse_scratch(child)?;
+        onto.as_ref().unwrap_or(&self).refuse_scratch(parent)?;
         self.chain_images(child)?;
         let target: &LoadedTree = onto.as_deref().unwrap_or(&self);
         target.chain_images(parent)?;

@@ -39,6 +39,10 @@ impl LockedTree {
         let Some(moves) = change.moves else {
             return Err(Error::Internal("a switch without a volume that moves".to_owned()));
         };
+        // The guest of such a volume writes to a node of its own, and goes on with that.
+        if self.scratch(moves.volume).is_some() {
+            return self.apply(&change);
+        }
         let attachment = Attachment::lock_existing(host, moves.volume)?;
         let Some(mut attachment) = attachment.filter(|found| found.open_mode() == Some(Mode::ReadWrite)) else {
             return self.apply(&change);
@@ -88,8 +92,9 @@ impl LockedTree {
     ///
     /// # Errors
     ///
-    /// [`Error::VolumeInUse`] while a client is connected to its export; else as [`Self::grow`].
+    /// [`Error::VolumeInUse`] while a client is connected to its export, or while what it writes is thrown away; else as [`Self::grow`].
     pub fn grow_live(&mut self, host: &Host, key: VolumeKey, virtual_size: u64) -> Result<()> {
+        self.refuse_scratch(key)?;
         let attachment = Attachment::lock_existing(host, key)?;
         let Some(mut attachment) = attachment.filter(|found| found.open_mode().is_some()) else {
             return self.grow(key, virtual_size);

@@ -205,6 +205,8 @@ impl LockedTree {
     ///
     /// When it cannot be done; the volume is then as before.
     pub fn revert(&mut self, key: VolumeKey, snapshot: VolumeKey) -> Result<()> {
+        let again = self.scratch(key).is_some();
+        self.empty_scratch(key, again)?;
         let overlay = NodeId::random();
         let after = plan::reverted(&self.tree, key, snapshot, overlay)?;
         let node = after.node(overlay)?.clone();

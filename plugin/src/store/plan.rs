@@ -183,8 +183,12 @@ pub fn destroyed(tree: &Tree, key: VolumeKey) -> Result<Option<Tree>> {
     let mut after = tree.clone();
     let node = tree.volume(key)?.node;
     after.volumes.remove(&key);
+    let scratch = after.scratch.remove(&key).and_then(|scratch| scratch.node);
     if after.volumes.is_empty() {
         return Ok(None);
+    }
+    if let Some(scratch) = scratch {
+        prune(&mut after, scratch);
     }
     prune(&mut after, node);
     Ok(Some(after))

@@ -19,8 +19,8 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
 /// The record of a tree, `tree.json`: the truth about what nodes and volumes there are.
 ///
-/// Format 1 is an object of `format`, `nodes`, `volumes`, where something was composed `composed` and, while an operation
-/// is under way, `intent`. A field that is not known is an error: whatever adds one raises the format. What [`Self::check`] asks for holds of every
+/// Format 1 is an object of `format`, `nodes`, `volumes`, where something was composed `composed`, while writes are
+/// thrown away `scratch` and, while an operation is under way, `intent`. A field that is not known is an error: whatever adds one raises the format. What [`Self::check`] asks for holds of every
 /// tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,6 +35,9 @@ pub struct Tree {
     /// is repeated is known.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub composed: BTreeMap<VolumeKey, VolumeKey>,
+    /// The volumes whose guests' writes are thrown away.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub scratch: BTreeMap<VolumeKey, Scratch>,
     /// An operation that was begun and whose end is not recorded; whoever locks the tree next finishes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub intent: Option<Intent>,
@@ -76,6 +79,18 @@ pub struct Volume {
     /// Who has its datapath active: at most one record a host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub active: Vec<Activation>,
+}
+
+/// What a volume's guest writes, which is thrown away. See [`super::Tree::scratch`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scratch {
+    /// The node that takes the writes, from the first activation for writing on; its parent was the volume's node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    /// Whether the volume was closed while somebody had it open: the last one to go throws the writes away.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ended: bool,
 }
 
 /// A host's claim on a volume, which stands until that host takes it back or is seen to have booted since.
@@ -175,6 +190,7 @@ impl Tree {
             nodes: BTreeMap::from([(volume.node, Node { parent: None, virtual_size })]),
             volumes: BTreeMap::from([(key, volume)]),
             composed: BTreeMap::new(),
+            scratch: BTreeMap::new(),
             intent: None,
         }
     }
@@ -254,6 +270,7 @@ impl Tree {
     pub fn check(&self) -> Result<(), String> {
         self.check_nodes()?;
         self.check_volumes()?;
+        self.check_scratch()?;
         match &self.intent {
             None => Ok(()),
             Some(Intent::Switch(change)) => self.check_switch(change),
@@ -317,6 +334,19 @@ impl Tree {
             let hosts: BTreeSet<Uuid> = volume.active.iter().map(|activation| activation.host).collect();
             if hosts.len() != volume.active.len() {
                 return Err(format!("volume {key} has two activations of one host"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_scratch(&self) -> Result<(), String> {
+        for (key, scratch) in &self.scratch {
+            if !self.volumes.contains_key(key) {
+                return Err(format!("what is written to volume {key} is thrown away, and it is not there"));
+            }
+            let Some(node) = scratch.node else { continue };
+            if !self.nodes.contains_key(&node) || self.volumes.values().any(|volume| volume.node == node) {
+                return Err(format!("what is written to volume {key} goes to node {node}, which is not for that"));
             }
         }
         Ok(())
@@ -402,7 +432,7 @@ mod tests {
     #[test]
     fn a_record_that_is_not_one_sound_tree_is_refused_in_words() {
         type Damage = fn(&mut Value);
-        let cases: [(&str, Damage); 14] = [
+        let cases: [(&str, Damage); 16] = [
             ("which is not there", |v| v["nodes"][B]["parent"] = json!(V)),
             ("in a circle", |v| v["nodes"][A]["parent"] = json!(B)),
             ("in a circle", |v| v["nodes"][A]["parent"] = json!(A)),
@@ -421,6 +451,8 @@ mod tests {
                 v["intent"] = json!({"switch": {"nodes": {V: {"parent": A, "virtual_size": 512}},
                     "moves": {"volume": V, "overlay": V}}});
             }),
+            ("thrown away", |v| v["scratch"] = json!({A: {}})),
+            ("not for that", |v| v["scratch"] = json!({V: {"node": B}})),
             ("composes", |v| v["intent"] = json!({"compose": {"volume": A, "parent": V, "onto": B}})),
             ("not on node", |v| {
                 v["intent"] = json!({"resize": {"volume": V, "node": A, "virtual_size": 512}});
