@@ -147,6 +147,7 @@ fn a_relay_that_was_killed_is_replaced_and_one_without_a_socket_ends() {
     for pid in relay(&scene) {
         kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     }
+    eventually("the end of the relay", || relay(&scene).is_empty());
     assert_eq!(import(&scene, MIRROR), socket);
     let mut tapdisk = Tapdisk::pass(&socket);
     tapdisk.negotiate().unwrap();
