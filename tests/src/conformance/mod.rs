@@ -13,6 +13,7 @@ mod answer;
 mod bad_input;
 mod bad_size;
 mod bench;
+mod compose;
 mod copy;
 mod crowd;
 mod data;
@@ -22,6 +23,7 @@ mod invariant;
 mod live;
 mod mirror;
 mod mirror_end;
+mod nonpersistent;
 mod order;
 mod own_layout;
 mod plugin;
@@ -197,6 +199,8 @@ pub fn all_checks() -> Vec<Check> {
         ("order", order::checks),
         ("crowd", crowd::checks),
         ("data", data::checks),
+        ("compose", compose::checks),
+        ("nonpersistent", nonpersistent::checks),
         ("live", live::checks),
         ("mirror", mirror::checks),
         ("mirror's end", mirror_end::checks),
