@@ -30,6 +30,15 @@ impl Usage {
         Ok(attachment.and_then(|found| found.open_mode()).map_or(Self::Idle, Self::Here))
     }
 
+    /// Refuses what must not happen while the volume is open anywhere.
+    pub fn refuse_active(self, key: VolumeKey) -> Result<()> {
+        match self {
+            Self::Idle => Ok(()),
+            Self::Here(_) => Err(in_use(key, "it is active on this host")),
+            Self::Elsewhere(host, _) => Err(Error::ActivatedOnAnotherHost { volume: key.to_string(), host }),
+        }
+    }
+
     /// Refuses what another host's guest would write through.
     pub fn refuse_writer_elsewhere(self, key: VolumeKey) -> Result<()> {
         match self {
@@ -39,6 +48,11 @@ impl Usage {
             _ => Ok(()),
         }
     }
+}
+
+/// Makes the refusal of a call that a use of the volume forbids.
+pub fn in_use(key: VolumeKey, reason: impl Into<String>) -> Error {
+    Error::VolumeInUse { volume: key.to_string(), reason: reason.into() }
 }
 
 /// Finds another host that has a volume open, a writing one before others.
@@ -57,10 +71,7 @@ pub fn release(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
         return Ok(());
     };
     match user(host, &attachment)? {
-        Some(domain) => {
-            let reason = format!("it is active for domain {domain}");
-            Err(Error::VolumeInUse { volume: key.to_string(), reason })
-        }
+        Some(domain) => Err(in_use(key, format!("it is active for domain {domain}"))),
         None => qemu::block_on(attachment.stop()),
     }
 }
@@ -68,8 +79,7 @@ pub fn release(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
 /// Refuses a change of the node that a running mirror reads.
 pub fn refuse_mirrored(host: &Host, key: VolumeKey) -> Result<()> {
     if mirror::is_running(host, key)? {
-        let reason = "it is being mirrored".to_owned();
-        return Err(Error::VolumeInUse { volume: key.to_string(), reason });
+        return Err(in_use(key, "it is being mirrored"));
     }
     Ok(())
 }

@@ -34,6 +34,12 @@ fn requests(bench: &Bench, volume: &str) -> Vec<(&'static str, Value)> {
     ]
 }
 
+/// Sees that SR.stat tells of an SR that cannot be used, and names its file.
+fn unavailable(stat: &Value) {
+    assert_eq!(stat["health"][0], json!("Unavailable"), "{stat}");
+    assert!(stat["health"][1].as_str().unwrap().contains("sr.json"), "{stat}");
+}
+
 /// Reads all files of an SR, by which it is seen that nothing changed; locks are not content.
 fn content(bench: &Bench) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files = Vec::new();
@@ -97,6 +103,10 @@ fn an_srs_record_that_is_damaged_or_newer_is_named() {
     for text in ["", "{", "{}", &whole.replace("\"format\":1", "\"format\":7")] {
         fs::write(&path, text).unwrap();
         for (method, request) in requests(&bench, &volume) {
+            if method == "SR.stat" {
+                unavailable(&bench.host.call(method, request));
+                continue;
+            }
             let failure = bench.host.try_call(method, request).unwrap_err();
             assert_eq!(failure.code, "SR_BACKEND_FAILURE_46", "{method}");
             assert!(failure.text().contains("sr.json"), "{method} {failure:?}");
@@ -119,6 +129,10 @@ fn an_sr_whose_file_system_is_gone_is_never_an_empty_one() {
             fs::create_dir(&bench.path).unwrap();
         }
         for (method, request) in requests(&bench, &volume) {
+            if method == "SR.stat" {
+                unavailable(&bench.host.call(method, request));
+                continue;
+            }
             assert_eq!(bench.host.code(method, request), "SR_BACKEND_FAILURE_47", "{method}");
         }
         let configuration = json!({"configuration": bench.configuration()});

@@ -26,6 +26,8 @@ pub struct Settings {
     pub qmp_seconds: u64,
     /// Seconds that a call waits for a lock that another call holds.
     pub lock_seconds: u64,
+    /// Seconds that SR.stat waits for an SR's file system before it says that it cannot be reached.
+    pub file_system_seconds: u64,
 }
 
 impl Default for Settings {
@@ -37,6 +39,7 @@ impl Default for Settings {
             drain_seconds: 30,
             qmp_seconds: 20,
             lock_seconds: 60,
+            file_system_seconds: 10,
         }
     }
 }
@@ -55,6 +58,11 @@ impl Settings {
     /// Gives [`Self::qmp_seconds`] as a duration.
     pub fn qmp(&self) -> Duration {
         Duration::from_secs(self.qmp_seconds)
+    }
+
+    /// Gives [`Self::file_system_seconds`] as a duration.
+    pub fn file_system(&self) -> Duration {
+        Duration::from_secs(self.file_system_seconds)
     }
 
     /// Gives [`Self::lock_seconds`] as a duration.

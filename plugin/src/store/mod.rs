@@ -23,6 +23,7 @@
 pub mod compose;
 mod garbage;
 mod header;
+pub mod health;
 mod intent;
 mod listing;
 mod locked;
@@ -36,6 +37,6 @@ mod uri;
 pub use header::Header;
 pub use locked::{LoadedTree, LockedTree};
 pub use new::NewTree;
-pub use sr::{Sr, SrRecord};
+pub use sr::{Sr, SrRecord, is_read_only};
 pub use tree::{Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, SIZE_UNIT, Scratch, Tree, Volume};
 pub use uri::{sr_path, sr_uri};

@@ -51,10 +51,29 @@ struct AttachedRecord {
     format: u64,
     /// The SR's path as a URI, which can hold what JSON cannot.
     uri: String,
+    /// The SR's name when it was attached, for when it cannot be asked.
+    #[serde(default)]
+    name: String,
+    /// Its description then.
+    #[serde(default)]
+    description: String,
+    /// Whether SR.destroy has come so far that no volume is left and none can be made.
+    #[serde(default)]
+    destroyed: bool,
 }
 
 impl Record for AttachedRecord {
     const FORMAT: u64 = 1;
+}
+
+impl AttachedRecord {
+    fn of(host: &Host, uuid: SrUuid) -> Result<Self> {
+        record::read_if_present(&host.sr_record(uuid))?.ok_or_else(|| Error::SrNotAttached(uuid.to_string()))
+    }
+
+    fn path(&self) -> Result<PathBuf> {
+        sr_path(&Configuration::from([("uri".to_owned(), self.uri.clone())]))
+    }
 }
 
 /// An SR whose record was read.
@@ -132,10 +151,12 @@ impl Sr {
     ///
     /// [`Error::SrNotAttached`]; [`Error::SrUnavailable`] when it is no longer where it was attached.
     pub fn attached(host: &Host, uuid: SrUuid) -> Result<Self> {
-        let Some(attached) = record::read_if_present::<AttachedRecord>(&host.sr_record(uuid))? else {
+        let attached = AttachedRecord::of(host, uuid)?;
+        let path = attached.path()?;
+        if attached.destroyed && !path.join("sr.json").exists() {
             return Err(Error::SrNotAttached(uuid.to_string()));
-        };
-        let sr = Self::open(&sr_path(&Configuration::from([("uri".to_owned(), attached.uri)]))?)?;
+        }
+        let sr = Self::open(&path)?;
         if sr.record.uuid != uuid {
             return Err(Error::SrUnavailable {
                 path: sr.path.join("sr.json"),
@@ -143,6 +164,26 @@ impl Sr {
             });
         }
         Ok(sr)
+    }
+
+    /// Gives the name and description that an SR was attached with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrNotAttached`].
+    pub(super) fn attached_names(host: &Host, uuid: SrUuid) -> Result<(String, String)> {
+        let attached = AttachedRecord::of(host, uuid)?;
+        Ok((attached.name, attached.description))
+    }
+
+    /// Whether an attached SR was destroyed by a call that has not forgotten it yet, and may never do so.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrNotAttached`].
+    pub fn was_destroyed(host: &Host, uuid: SrUuid) -> Result<bool> {
+        let attached = AttachedRecord::of(host, uuid)?;
+        Ok(attached.destroyed && !attached.path()?.join("sr.json").exists())
     }
 
     /// Records that the SR is attached on this host, wherever it was before.
@@ -155,7 +196,9 @@ impl Sr {
         if let Some(directory) = path.parent() {
             host.make_runtime_dir(directory)?;
         }
-        let record = AttachedRecord { format: AttachedRecord::FORMAT, uri: sr_uri(&self.path) };
+        let SrRecord { name, description, .. } = self.record.clone();
+        let uri = sr_uri(&self.path);
+        let record = AttachedRecord { format: AttachedRecord::FORMAT, uri, name, description, destroyed: false };
         record::write(&path, &record, Durability::UntilReboot)
     }
 
@@ -218,6 +261,18 @@ impl Sr {
         })
     }
 
+    /// Sees that the SR's directories are there: without them it lists nothing and takes no volume.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrUnavailable`] that names the one that is not.
+    pub(super) fn has_directories(&self) -> Result<()> {
+        match [self.trees(), self.path.join("volumes")].iter().find(|directory| !directory.is_dir()) {
+            Some(missing) => Err(self.unavailable(missing)),
+            None => Ok(()),
+        }
+    }
+
     /// Removes the SR from its directory, which stays. Called again it removes what was left.
     ///
     /// # Errors
@@ -242,6 +297,11 @@ impl Sr {
                 return Err(Error::on("removing", &volumes)(error));
             }
             _ => {}
+        }
+        // Without its record an SR looks like one that is not mounted; who calls again has to know better.
+        let attached = host.sr_record(self.record.uuid);
+        if let Some(record) = record::read_if_present::<AttachedRecord>(&attached)? {
+            record::write(&attached, &AttachedRecord { destroyed: true, ..record }, Durability::UntilReboot)?;
         }
         for path in [&self.path.join("sr.json"), lock.path()] {
             match fs::remove_file(path) {
@@ -481,6 +541,16 @@ impl Sr {
     fn unavailable(&self, missing: &Path) -> Error {
         Error::SrUnavailable { path: missing.to_owned(), reason: "the directory does not exist".to_owned() }
     }
+}
+
+/// Whether the file system that holds a directory is mounted read-only.
+///
+/// # Errors
+///
+/// When it does not answer.
+pub fn is_read_only(path: &Path) -> Result<bool> {
+    let space = rustix::fs::statvfs(path).map_err(Error::on("reading the file system of", path))?;
+    Ok(space.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
 /// Makes a directory that only its owner may read, unless it is there.

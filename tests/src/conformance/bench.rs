@@ -59,7 +59,11 @@ pub struct AttachedSr {
 }
 
 impl Bench {
-    pub(super) async fn new(subject: &Subject) -> Result<Self> {
+    /// Makes a host and an SR that is attached to it.
+    ///
+    /// # Errors
+    /// If the plugin does not.
+    pub async fn new(subject: &Subject) -> Result<Self> {
         // Unix sockets have short names.
         let directory = tempfile::Builder::new().prefix("fx-").tempdir_in("/tmp")?;
         let host = Host::start("a", &directory.path().join("a"), &subject.plugins, &CallLog::default()).await?;
@@ -92,7 +96,7 @@ impl Bench {
     /// Makes a place for another SR and gives the device-config of one in it.
     ///
     /// # Errors
-    /// [`OneSrOnly`], which skips the check, where a device-config can name one place alone.
+    /// `OneSrOnly`, which skips the check, where a device-config can name one place alone.
     pub fn new_place(&self, name: &str) -> Result<Vec<(String, String)>> {
         let path = self.directory.path().join(name);
         let place = self.subject.config_in(&path);
@@ -371,7 +375,7 @@ impl Bench {
     }
 
     /// Kills what a failed check has left running on this host. Another plugin may have one daemon for everything.
-    pub(super) async fn end_what_is_left(&self) {
+    pub async fn end_what_is_left(&self) {
         if !self.subject.own_layout {
             self.host.close();
             return;

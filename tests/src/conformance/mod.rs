@@ -50,7 +50,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-pub use bench::Bench;
+pub use bench::{AttachedSr, Bench, DBG, MIB, refused, uri_of};
 pub use subject::Subject;
 
 /// What a check needs to make sense.

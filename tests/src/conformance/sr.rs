@@ -1,12 +1,14 @@
 //! The life of an SR.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use uuid::Uuid;
 
-use super::bench::{DBG, MIB, refused, refused_with, uri_of};
+use super::bench::{AttachedSr, DBG, MIB, refused, refused_with, uri_of};
 use super::{Bench, Group, Need};
+use crate::script::Fault;
 use crate::wire::{Health, ProbeResult, Request};
 
 const PROBE: Need = Need::Method("SR.probe");
@@ -27,6 +29,15 @@ pub(super) fn checks(group: &mut Group<'_>) {
     group.add("SR.create again with the same uuid keeps the volumes", &[Need::OwnLayout], create_again);
     group.add("SR.probe finds an SR with its uuid and what SR.stat tells of it", &[PROBE, Need::OwnLayout], probe);
     group.add("SR.probe of an empty place finds no SR", &[PROBE], probe_empty);
+    group.add(
+        "SR.probe of a directory above SRs finds each, and offers it as no place",
+        &[PROBE, Need::OwnLayout],
+        below,
+    );
+    group.add("SR.probe with an sr_uuid finds that SR alone", &[PROBE, Need::OwnLayout], probe_one);
+    group.add("SR.probe says what stands against a place that cannot be one", &[PROBE, Need::OwnLayout], obstacle);
+    group.add("SR.stat of an SR that is gone is Unavailable and says what to do", &[Need::OwnLayout], health);
+    group.add("SR.destroy that was killed can be made again", &[Need::OwnLayout], destroy_killed);
     group.add("two SRs on one host do not see each other's volumes", &[], two_srs);
     group.add("a volume of one SR is unknown in another", &[], foreign_key);
 }
@@ -202,4 +213,80 @@ async fn foreign_key(b: Arc<Bench>) -> Result<()> {
     b.call(&Request::volume("Volume.destroy", DBG, &other.sr, &here.key)).await?;
     ensure!(b.ls().await? == [here], "a volume was destroyed through another SR");
     b.call(&Request::sr("SR.destroy", DBG, &other.sr)).await.map(drop)
+}
+
+async fn probed(b: &Bench, config: &[(String, String)]) -> Result<Vec<ProbeResult>> {
+    Ok(ProbeResult::decode_list(&b.call(&Request::sr_probe(DBG, config)).await?)?)
+}
+
+fn uuid_in(found: &ProbeResult) -> Option<&str> {
+    found.configuration.iter().find(|(key, _)| key == "sr_uuid").map(|(_, uuid)| uuid.as_str())
+}
+
+/// The directory that holds the bench's SR and another.
+async fn two_below(b: &Bench) -> Result<(AttachedSr, Vec<(String, String)>)> {
+    Ok((b.new_sr("other").await?, b.subject.config_in(b.directory())))
+}
+
+async fn below(b: Arc<Bench>) -> Result<()> {
+    let (other, above) = two_below(&b).await?;
+    let found = probed(&b, &above).await?;
+    for sr in [&b.sr, &other] {
+        let entry = found.iter().find(|entry| uuid_in(entry) == Some(&sr.uuid));
+        let entry = entry.with_context(|| format!("{} is not in {found:?}", sr.uuid))?;
+        ensure!(entry.complete && entry.sr.is_some(), "{entry:?}");
+        let again = b.attach_sr(&entry.configuration).await.context("with the configuration that was found")?;
+        ensure!(again == sr.sr, "it leads to {again}");
+    }
+    let places: Vec<_> = found.iter().filter(|entry| uuid_in(entry).is_none()).collect();
+    ensure!(places.iter().all(|place| !place.complete && place.sr.is_none()), "{places:?}");
+    b.call(&Request::sr("SR.destroy", DBG, &other.sr)).await.map(drop)
+}
+
+async fn probe_one(b: Arc<Bench>) -> Result<()> {
+    let (other, mut above) = two_below(&b).await?;
+    above.push(("sr_uuid".to_owned(), other.uuid.clone()));
+    let found = probed(&b, &above).await?;
+    ensure!(found.len() == 1 && uuid_in(&found[0]) == Some(&other.uuid), "{found:?}");
+    b.call(&Request::sr("SR.destroy", DBG, &other.sr)).await.map(drop)
+}
+
+async fn obstacle(b: Arc<Bench>) -> Result<()> {
+    let place = b.new_place("left")?;
+    std::fs::create_dir_all(b.directory().join("left/trees/something"))?;
+    let found = probed(&b, &place).await?;
+    ensure!(found.len() == 1 && !found[0].complete && found[0].sr.is_none(), "{found:?}");
+    ensure!(found[0].extra_info.iter().any(|(_, why)| why.contains("sr.json")), "{found:?}");
+    Ok(())
+}
+
+async fn health(b: Arc<Bench>) -> Result<()> {
+    let aside = b.directory().join("aside");
+    std::fs::rename(&b.sr.path, &aside)?;
+    let stat = b.sr_stat().await;
+    std::fs::rename(&aside, &b.sr.path)?;
+    let stat = stat?;
+    let Health::Unavailable(why) = &stat.health else { bail!("it is gone, but {stat:?}") };
+    ensure!(why.contains("sr.json") && why.contains("mount"), "{why}");
+    ensure!(stat.name == "an SR" && stat.uuid.as_deref() == Some(&b.sr.uuid), "{stat:?}");
+    ensure!(matches!(b.sr_stat().await?.health, Health::Healthy(_)), "it is back and not healthy");
+    Ok(())
+}
+
+async fn destroy_killed(b: Arc<Bench>) -> Result<()> {
+    for (number, milliseconds) in [1, 2, 3, 4, 5, 6, 8, 10, 14].into_iter().enumerate() {
+        let other = b.new_sr(&format!("killed {number}")).await?;
+        let kill = Fault::Kill(Duration::from_millis(milliseconds));
+        b.host.runner().faults().nth_of("a", "SR.destroy", 0, kill);
+        let request = Request::sr("SR.destroy", DBG, &other.sr);
+        let ended = b.call(&request).await.is_ok();
+        b.host.runner().faults().clear();
+        let again = b.call(&request).await;
+        match again {
+            Ok(_) => ensure!(!ended, "it was destroyed twice"),
+            Err(error) => refused_with::<()>(Err(error), "Sr_not_attached").map(drop)?,
+        }
+        refused(b.attach_sr(&other.config).await)?;
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::smapi::SrStat;
+use plugin::store::health;
 use serde::Deserialize;
 
 use crate::request::SrName;
@@ -13,11 +14,11 @@ pub struct Parameters {
     sr: SrName,
 }
 
-/// Describes the SR.
+/// Describes the SR. One that is not where it was attached, or does not answer, says so by its health.
 ///
 /// # Errors
 ///
-/// When it is not attached, or not where it was attached.
+/// [`plugin::Error::SrNotAttached`].
 pub fn execute(host: &Host, parameters: Parameters) -> Result<SrStat> {
-    parameters.sr.open(host)?.describe()
+    health::stat(host, parameters.sr.uuid()?)
 }

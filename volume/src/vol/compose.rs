@@ -4,7 +4,6 @@ use plugin::error::{Error, Result};
 use plugin::host::Host;
 use plugin::id::VolumeKey;
 use plugin::mirror;
-use plugin::store::LockedTree;
 use serde::Deserialize;
 
 use crate::request::{SrName, VolumeName};
@@ -49,23 +48,11 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let onto = tree.lock_beside(host, parent)?;
     usage::refuse_mirrored(host, child)?;
     usage::refuse_mirrored(host, parent)?;
-    refuse_active(host, &tree, child)?;
+    // One that is only attached may be composed: what is opened later is the new chain.
+    Usage::of(host, &tree, child)?.refuse_active(child)?;
     usage::release(host, onto.as_ref().unwrap_or(&tree), parent)?;
     tree.compose(child, parent, onto)?;
     forget(host, parent)
-}
-
-/// Refuses a child that somebody reads or writes. One that is only attached may be composed: what is opened later is
-/// the new chain.
-fn refuse_active(host: &Host, tree: &LockedTree, child: VolumeKey) -> Result<()> {
-    match Usage::of(host, tree, child)? {
-        Usage::Idle => Ok(()),
-        Usage::Here(_) => {
-            let reason = "it is active on this host".to_owned();
-            Err(Error::VolumeInUse { volume: child.to_string(), reason })
-        }
-        Usage::Elsewhere(holder, _) => Err(Error::ActivatedOnAnotherHost { volume: child.to_string(), host: holder }),
-    }
 }
 
 /// Forgets what is known of mirrors of a volume that is gone.

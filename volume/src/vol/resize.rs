@@ -38,9 +38,7 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     }
     match Usage::of(host, &tree, key)? {
         Usage::Elsewhere(holder, _) => Err(Error::ActivatedOnAnotherHost { volume: key.to_string(), host: holder }),
-        Usage::Here(Mode::ReadOnly) => {
-            Err(Error::VolumeInUse { volume: key.to_string(), reason: "it is being read from".to_owned() })
-        }
+        Usage::Here(Mode::ReadOnly) => Err(usage::in_use(key, "it is being read from")),
         Usage::Here(Mode::ReadWrite) => {
             usage::refuse_mirrored(host, key)?;
             tree.grow_live(host, key, bytes)

@@ -1,6 +1,6 @@
 //! Volume.revert: takes a volume back to what a snapshot holds.
 
-use plugin::error::{Error, Result};
+use plugin::error::Result;
 use plugin::host::Host;
 use plugin::mirror;
 use serde::Deserialize;
@@ -23,8 +23,8 @@ pub struct Parameters {
 ///
 /// # Errors
 ///
-/// [`Error::VolumeInUse`] or [`Error::ActivatedOnAnotherHost`] while the volume is open anywhere: xapi shuts a VM down
-/// before it reverts it (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`). [`Error::Unsupported`] for a snapshot of another
+/// [`plugin::Error::VolumeInUse`] or [`plugin::Error::ActivatedOnAnotherHost`] while the volume is open anywhere: xapi shuts a VM down
+/// before it reverts it (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`). [`plugin::Error::Unsupported`] for a snapshot of another
 /// disk. The volume is then as before.
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let sr = parameters.sr.open(host)?;
@@ -33,12 +33,6 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     mirror::reap(host, key)?;
     let mut tree = sr.lock(host, key)?;
     usage::refuse_mirrored(host, key)?;
-    match Usage::of(host, &tree, key)? {
-        Usage::Idle => tree.revert(key, snapshot),
-        Usage::Here(_) => {
-            let reason = "it is active on this host".to_owned();
-            Err(Error::VolumeInUse { volume: key.to_string(), reason })
-        }
-        Usage::Elsewhere(holder, _) => Err(Error::ActivatedOnAnotherHost { volume: key.to_string(), host: holder }),
-    }
+    Usage::of(host, &tree, key)?.refuse_active(key)?;
+    tree.revert(key, snapshot)
 }
