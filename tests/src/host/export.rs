@@ -11,6 +11,32 @@ use tokio::net::{UnixListener, UnixStream};
 use super::{Host, lock};
 use crate::smapiv2::{Dp, Sr, Vdi, Vm};
 
+/// What a PUT asks the destination for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Service {
+    /// A connection to the volume's NBD server.
+    Proxy,
+    /// That the volume's import takes the connection over.
+    Import,
+}
+
+impl Service {
+    /// What its path begins with.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::Proxy => "/services/SM/nbdproxy/import/",
+            Self::Import => "/services/SM/nbd/",
+        }
+    }
+
+    fn user_agent(self) -> &'static str {
+        match self {
+            Self::Proxy => "export_nbd_proxy",
+            Self::Import => "smapiv2",
+        }
+    }
+}
+
 /// The destination of a proxy, as the path of the PUT spells it.
 #[derive(Debug, Clone)]
 pub struct ImportPath {
@@ -58,6 +84,14 @@ impl Host {
         if claims.get(vm) == Some(&claim) { self.bind_export(vm).map(Some) } else { Ok(None) }
     }
 
+    /// Opens a connection at whose other end the import of a volume is, for a tapdisk of this host.
+    ///
+    /// # Errors
+    /// The destination refuses.
+    pub async fn connect_import(&self, destination: &Self, path: &ImportPath) -> Result<UnixStream> {
+        put(destination, Service::Import, path).await
+    }
+
     /// Serves one connection of a bound proxy: accepts it, asks the destination, pumps.
     pub fn run_export(
         self: &Arc<Self>,
@@ -85,7 +119,7 @@ async fn serve(
     path: &ImportPath,
 ) -> Result<()> {
     let (near, _) = listener.accept().await.context("accept")?;
-    let far = match put(destination, path).await {
+    let far = match put(destination, Service::Proxy, path).await {
         Ok(far) => far,
         Err(error) => {
             // ocaml/xapi/storage_smapiv3_migrate.ml closes the listener and not this connection when the
@@ -99,11 +133,17 @@ async fn serve(
 }
 
 /// Sends the PUT and leaves the connection where the raw bytes begin.
-async fn put(destination: &Host, path: &ImportPath) -> Result<UnixStream> {
+async fn put(destination: &Host, service: Service, path: &ImportPath) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(destination.http_socket()).await.context("connect")?;
     let request = format!(
-        "PUT /services/SM/nbdproxy/import/{}/{}/{}/{}?session_id={} HTTP/1.0\r\nuser-agent: export_nbd_proxy\r\n\r\n",
-        path.vm.0, path.sr.0, path.vdi.0, path.dp.0, destination.session
+        "PUT {}{}/{}/{}/{}?session_id={} HTTP/1.0\r\nuser-agent: {}\r\n\r\n",
+        service.prefix(),
+        path.vm.0,
+        path.sr.0,
+        path.vdi.0,
+        path.dp.0,
+        destination.session,
+        service.user_agent()
     );
     stream.write_all(request.as_bytes()).await?;
     let mut head = Vec::new();

@@ -1,10 +1,11 @@
-//! The HTTP server of a host: its one service is the destination side of the NBD proxies.
+//! The HTTP server of a host: the destination side of the NBD proxies, and of mirrors from SMAPIv1.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use http_body_util::Empty;
 use hyper::body::Incoming;
@@ -15,7 +16,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use super::export::{ImportPath, bind};
+use super::descriptor::pass;
+use super::export::{ImportPath, Service, bind};
 use super::{Host, lock};
 use crate::smapiv2::{Dp, Sr, Vdi, Vm};
 
@@ -39,7 +41,7 @@ pub(super) fn serve(host: &Arc<Host>) -> Result<()> {
 }
 
 async fn connection(host: Weak<Host>, stream: UnixStream) -> Result<()> {
-    let taken: Arc<Mutex<Option<ImportPath>>> = Arc::default();
+    let taken: Arc<Mutex<Option<(Service, ImportPath)>>> = Arc::default();
     let service = {
         let (host, taken) = (Weak::clone(&host), Arc::clone(&taken));
         service_fn(move |request: Request<Incoming>| {
@@ -70,15 +72,20 @@ async fn connection(host: Weak<Host>, stream: UnixStream) -> Result<()> {
         served
     });
     finished.await?;
-    let Some(path) = lock(&taken).take() else { return Ok(()) };
+    let Some((service, path)) = lock(&taken).take() else { return Ok(()) };
     let parts = connection.into_parts();
-    import(&host, parts.io.into_inner(), &parts.read_buf, &path).await
+    match service {
+        Service::Proxy => import(&host, parts.io.into_inner(), &parts.read_buf, &path).await,
+        Service::Import => import_activate(&host, parts.io.into_inner(), &parts.read_buf, &path).await,
+    }
 }
 
-/// Which import a request asks for, or the status to refuse it with.
-fn route(host: &Weak<Host>, request: &Request<Incoming>) -> Result<ImportPath, StatusCode> {
+/// Which service a request asks for, or the status to refuse it with.
+fn route(host: &Weak<Host>, request: &Request<Incoming>) -> Result<(Service, ImportPath), StatusCode> {
     let host = host.upgrade().ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
-    let rest = request.uri().path().strip_prefix("/services/SM/nbdproxy/import/").ok_or(StatusCode::NOT_FOUND)?;
+    let services = [Service::Proxy, Service::Import];
+    let mut asked = services.into_iter().filter_map(|s| Some((s, request.uri().path().strip_prefix(s.prefix())?)));
+    let (service, rest) = asked.next().ok_or(StatusCode::NOT_FOUND)?;
     if request.method() != Method::PUT {
         return Err(StatusCode::METHOD_NOT_ALLOWED);
     }
@@ -87,12 +94,13 @@ fn route(host: &Weak<Host>, request: &Request<Incoming>) -> Result<ImportPath, S
     }
     let parts: Vec<&str> = rest.split('/').collect();
     let [vm, sr, vdi, dp] = parts.as_slice() else { return Err(StatusCode::NOT_FOUND) };
-    Ok(ImportPath {
+    let path = ImportPath {
         vm: Vm((*vm).to_owned()),
         sr: Sr((*sr).to_owned()),
         vdi: Vdi((*vdi).to_owned()),
         dp: Dp((*dp).to_owned()),
-    })
+    };
+    Ok((service, path))
 }
 
 /// `import_nbd_proxy` of ocaml/xapi/storage_migrate.ml.
@@ -112,4 +120,19 @@ async fn import(host: &Weak<Host>, mut stream: UnixStream, early: &[u8], path: &
     // An end of the file in one direction is passed on; the other goes on until it ends too.
     let _ = tokio::io::copy_bidirectional(&mut stream, &mut server).await;
     Ok(())
+}
+
+/// `nbd_handler` of ocaml/xapi/storage_migrate.ml: the plugin gets the connection itself, once the header is answered.
+async fn import_activate(host: &Weak<Host>, mut stream: UnixStream, early: &[u8], path: &ImportPath) -> Result<()> {
+    let Some(host) = host.upgrade() else { bail!("the host is closing") };
+    let socket = match host.data_import_activate("nbd", &path.sr, &path.vdi, &path.vm).await {
+        Ok(socket) => socket,
+        Err(error) => {
+            stream.write_all(b"HTTP/1.1 500 Internal Error\r\nConnection: close\r\n\r\n").await?;
+            return Err(error.into());
+        }
+    };
+    ensure!(early.is_empty(), "the client speaks before it was greeted");
+    stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-encoding: nbd\r\n\r\n").await?;
+    pass(Path::new(&socket), &stream, &path.dp.0)
 }

@@ -21,6 +21,7 @@ mod order;
 mod state;
 mod switch;
 mod tree;
+pub mod v1;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
