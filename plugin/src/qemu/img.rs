@@ -26,6 +26,10 @@ const LONG_PATIENCE: Duration = Duration::from_secs(3600);
 /// How images are made: qcow2 version 3, and nothing that another reader of the chain might not know.
 const CREATE_OPTIONS: &str = "compat=1.1,lazy_refcounts=off,preallocation=off";
 
+/// How images are made that remember for each sector whether it was written: subclusters of 512 bytes, a 32nd of a
+/// cluster.
+const SECTOR_OPTIONS: &str = "compat=1.1,lazy_refcounts=off,preallocation=off,cluster_size=16k,extended_l2=on";
+
 /// What qemu-img says of one image, its backing not opened.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -127,7 +131,7 @@ pub struct Check {
 /// When there is a file already, which is not touched; [`Error::NoSpace`]; else what qemu-img says. Nothing is
 /// left behind.
 pub fn create(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
-    create_with(path, virtual_size, None, lock)
+    create_with(path, virtual_size, CREATE_OPTIONS, None, lock)
 }
 
 /// Makes an empty overlay on an image in the same directory, known by its file name; otherwise as [`create`].
@@ -138,14 +142,32 @@ pub fn create(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result
 ///
 /// As [`create`].
 pub fn create_overlay(path: &Path, backing_name: &str, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
-    create_with(path, virtual_size, Some(backing_name), lock)
+    create_with(path, virtual_size, CREATE_OPTIONS, Some(backing_name), lock)
+}
+
+/// Makes an empty overlay that remembers for each sector of 512 bytes whether it was written; otherwise as
+/// [`create_overlay`].
+///
+/// Where a sector of another overlay is written, its whole cluster is filled from what lies below at that time.
+///
+/// # Errors
+///
+/// As [`create`].
+pub fn create_sector_overlay(path: &Path, backing: &str, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
+    create_with(path, virtual_size, SECTOR_OPTIONS, Some(backing), lock)
 }
 
 /// Makes an image with or without a backing string.
-fn create_with(path: &Path, virtual_size: u64, backing: Option<&str>, lock: Option<&FileLock>) -> Result<()> {
+fn create_with(
+    path: &Path,
+    virtual_size: u64,
+    options: &str,
+    backing: Option<&str>,
+    lock: Option<&FileLock>,
+) -> Result<()> {
     // qemu-img would empty an existing file, and would give a new one the caller's umask.
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(Error::on("creating", path))?;
-    let made = fill_new(path, virtual_size, backing, lock);
+    let made = fill_new(path, virtual_size, options, backing, lock);
     if made.is_err() {
         drop(fs::remove_file(path));
     }
@@ -153,9 +175,15 @@ fn create_with(path: &Path, virtual_size: u64, backing: Option<&str>, lock: Opti
 }
 
 /// Makes an image in a file that is there and empty.
-fn fill_new(path: &Path, virtual_size: u64, backing: Option<&str>, lock: Option<&FileLock>) -> Result<()> {
+fn fill_new(
+    path: &Path,
+    virtual_size: u64,
+    options: &str,
+    backing: Option<&str>,
+    lock: Option<&FileLock>,
+) -> Result<()> {
     let mut command = qemu_img("create")?;
-    command.args(["-q", "-f", "qcow2", "-o", CREATE_OPTIONS]);
+    command.args(["-q", "-f", "qcow2", "-o", options]);
     if let Some(name) = backing {
         command.args(["-u", "-F", "qcow2", "-b", name]);
     }

@@ -30,6 +30,12 @@ pub(super) fn checks(group: &mut Group<'_>) {
     group.add("a tapdisk that says goodbye is greeted anew on the same connection", NEEDS, paused);
     group.add("a tapdisk is greeted although it says nothing for a while", NEEDS, idle);
     group.add("what a tapdisk writes goes over the snapshot of a blank disk", NEEDS, over_snapshot);
+    let composed = [NEEDS, &[Need::Method("Volume.compose"), Need::Feature("VDI_COMPOSE")]].concat();
+    group.add(
+        "sectors that a tapdisk did not write come from the parent once leaf and parent are composed",
+        &composed,
+        whole,
+    );
     group.add("a tapdisk is cut off when its datapath is deactivated", NEEDS, deactivated);
     group.add("a connection that closes without a goodbye can be followed by another", NEEDS, followed);
 }
@@ -142,6 +148,34 @@ async fn over_snapshot(b: Arc<Bench>) -> Result<()> {
     b.unplug(&volume, DOMAIN).await?;
     b.expect_content(&dummy, &[]).await?;
     b.expect_content(&volume, &[(0, 4096, 7)]).await
+}
+
+async fn whole(b: Arc<Bench>) -> Result<()> {
+    let leaf = b.create(MIB).await?;
+    let dummy = b.snapshot(&leaf.key).await?;
+    b.plug(&leaf, DOMAIN).await?;
+    let mut tapdisk = tapdisk(&b, &leaf).await?;
+    greeted(&mut tapdisk, MIB).await?;
+    for (sector, byte) in [(1, 7), (9, 0), (200, 8)] {
+        tapdisk.write(sector * 512, &[byte; 512]).await?;
+    }
+    tapdisk.close().await;
+    let parent = b.create(MIB).await?;
+    b.write(&parent, 0, MIB as usize, 1).await?;
+    b.unplug(&leaf, DOMAIN).await?;
+    b.call(&Request::volume_compose(DBG, &b.sr.sr, &leaf.key, &parent.key)).await?;
+    b.destroy(&dummy.key).await?;
+    ensure!(b.ls().await?.iter().all(|volume| volume.key == leaf.key), "more than the leaf is left");
+    let rest = MIB as usize - 201 * 512;
+    let stretches = [
+        (0, 512, 1),
+        (512, 512, 7),
+        (1024, 7 * 512, 1),
+        (10 * 512, 190 * 512, 1),
+        (200 * 512, 512, 8),
+        (201 * 512, rest, 1),
+    ];
+    b.expect_content(&leaf, &stretches).await
 }
 
 async fn deactivated(b: Arc<Bench>) -> Result<()> {
