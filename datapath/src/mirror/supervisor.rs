@@ -66,11 +66,12 @@ pub(super) enum Outcome {
 /// Runs the mirror and records how it ended; answers whoever waits for that.
 async fn supervise(host: &Host, key: MirrorKey) -> Result<()> {
     let settings = host.settings()?;
-    let _lock = FileLock::acquire(&MirrorRecord::supervisor_lock(host, key), settings.lock())?;
+    let lock = FileLock::acquire(&MirrorRecord::supervisor_lock(host, key), settings.lock())?;
     let record =
         MirrorRecord::load(host, key)?.ok_or_else(|| Error::Internal(format!("mirror {key} has no record")))?;
     if record.phase.is_terminal() {
         tracing::info!(mirror = %key, "the mirror was ended before it began");
+        let _ = fs::remove_file(lock.path());
         return Ok(());
     }
     let ends = control::listen(&EndRequest::socket(host, key))?;
@@ -99,6 +100,8 @@ async fn supervise(host: &Host, key: MirrorKey) -> Result<()> {
     supervisor.record.phase = phase;
     let stored = supervisor.record.store(host);
     let _ = fs::remove_file(EndRequest::socket(host, key));
+    // What the record says of a mirror that has ended needs no guard.
+    let _ = fs::remove_file(lock.path());
     // Requests that came in while the mirror was ending are answered too.
     while let Ok(waiting) = supervisor.ends.try_recv() {
         supervisor.waiting.push(waiting);

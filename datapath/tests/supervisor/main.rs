@@ -153,6 +153,7 @@ fn a_mirror_that_was_ended_before_its_supervisor_began_stays_ended() {
     scene.supervise(key);
     assert!(scene.supervisors.last_mut().unwrap().wait().unwrap().success());
     assert_eq!(scene.record(key), ended);
+    assert!(!MirrorRecord::supervisor_lock(&scene.host, key).exists());
     scene.assert_source_serves();
 }
 

@@ -69,8 +69,10 @@ fn end_begun(host: &Host, record: MirrorRecord, how: How, reason: &str) -> Resul
         if let Err(error) = record.store(host) {
             tracing::warn!(mirror = %record.key, error = error.chain(), "the end of a mirror could not be recorded");
         }
-        for socket in [EndRequest::socket(host, record.key), EndRequest::relay_socket(host, record.key)] {
-            let _ = fs::remove_file(socket);
+        let key = record.key;
+        let sockets = [EndRequest::socket(host, key), EndRequest::relay_socket(host, key)];
+        for left in sockets.into_iter().chain([MirrorRecord::supervisor_lock(host, key)]) {
+            let _ = fs::remove_file(left);
         }
     }
     Ok(record)
