@@ -90,10 +90,12 @@ pub fn close(host: &Host, uri: VolumeUri) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::SrNotAttached`], [`Error::VolumeDoesNotExist`]; else the volume's daemon does not start.
+/// [`Error::SrNotAttached`], [`Error::VolumeDoesNotExist`], [`Error::DataDestroyed`]; else the volume's daemon does
+/// not start.
 pub fn attach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<PathBuf> {
     // Held so that the volume is not destroyed meanwhile.
-    let _tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
+    let tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
+    tree.tree.volume_with_data(uri.volume)?;
     let mut attachment = Attachment::lock(host, uri)?;
     block_on(attachment.attach(domain))?;
     Ok(attachment.sockets().nbd())
@@ -107,6 +109,7 @@ pub fn attach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<PathBuf> {
 /// reads on this host does; else the volume cannot be opened.
 pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Result<()> {
     let mut tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
+    tree.tree.volume_with_data(uri.volume)?;
     let mut attachment = Attachment::lock(host, uri)?;
     let this = host.uuid()?;
     refuse_for_others(&tree.tree, uri.volume, this, mode)?;
@@ -260,6 +263,7 @@ mod tests {
             read_write: true,
             sharable: false,
             cbt_enabled: false,
+            data_destroyed: false,
             keys: Keys::new(),
             active: active.collect(),
         };

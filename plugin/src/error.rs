@@ -56,6 +56,20 @@ pub enum Error {
     /// No volume has this key.
     #[error("volume {0} does not exist")]
     VolumeDoesNotExist(String),
+    /// The volume's data was destroyed; only what changed in it is known.
+    #[error("volume {0} has no data: it was destroyed")]
+    DataDestroyed(String),
+    /// Changed blocks cannot be told, or data not be destroyed, where changes are not tracked.
+    #[error("changed blocks of volume {0} are not tracked")]
+    ChangesNotTracked(String),
+    /// Two volumes have no common origin that changes could be counted from.
+    #[error("volumes {from} and {to} are not of one disk")]
+    UnrelatedVolumes {
+        /// The one.
+        from: String,
+        /// The other.
+        to: String,
+    },
     /// The volume is in use in a way that forbids the call.
     #[error("volume {volume} is in use: {reason}")]
     VolumeInUse {
@@ -236,7 +250,11 @@ impl Error {
             Self::SrNotEmpty(_) => 39,
             Self::SrExists(_) => 42,
             Self::NoSpace { .. } => 44,
-            Self::DamagedRecord { .. } | Self::NewerFormat { .. } | Self::Image { .. } | Self::NotActive { .. } => 46,
+            Self::DamagedRecord { .. }
+            | Self::NewerFormat { .. }
+            | Self::Image { .. }
+            | Self::NotActive { .. }
+            | Self::DataDestroyed(_) => 46,
             Self::SrUnavailable { .. } => 47,
             Self::InvalidSize(_) => 79,
             Self::InvalidDeviceConfig { .. } => 91,
@@ -246,6 +264,7 @@ impl Error {
             Self::Timeout { .. } => 201,
             Self::MirrorBroken { .. } => 202,
             Self::Qemu { .. } | Self::Qmp { .. } => 453,
+            Self::ChangesNotTracked(_) | Self::UnrelatedVolumes { .. } => 460,
             Self::ReadOnlyFileSystem { .. } => 461,
             Self::Internal(_) => 1200,
         };

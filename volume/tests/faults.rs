@@ -85,7 +85,7 @@ fn a_record_that_is_cut_off_anywhere_is_named_and_nothing_is_changed() {
     for bytes in [&b""[..], &whole[..whole.len() / 2], b"garbage", b"{}", b"{\"format\":1}", b"null", &[0; 4096]] {
         short(bytes, &reading);
     }
-    let newer = String::from_utf8(whole.clone()).unwrap().replace("\"format\":1", "\"format\":2");
+    let newer = String::from_utf8(whole.clone()).unwrap().replace("\"format\":1", "\"format\":99");
     short(newer.as_bytes(), &reading);
     fs::remove_file(&path).unwrap();
     assert_eq!(bench.code("SR.ls", json!({})), "SR_BACKEND_FAILURE_46");

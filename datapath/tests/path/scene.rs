@@ -57,6 +57,7 @@ impl Scene {
             read_write: true,
             sharable: false,
             cbt_enabled: false,
+            data_destroyed: false,
             keys: Keys::new(),
             active: Vec::new(),
         };

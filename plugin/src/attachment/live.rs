@@ -50,6 +50,27 @@ impl Attachment {
         graph::remove_overlay(&client, overlay.node).await
     }
 
+    /// Writes what was written to an open volume down to its file, tables and all; clients do not notice. Nothing is to
+    /// be done where nothing is open for writing.
+    ///
+    /// # Errors
+    ///
+    /// When the daemon does not answer or the flush fails.
+    pub async fn flush_live(&mut self) -> Result<()> {
+        if self.open_mode() != Some(Mode::ReadWrite) {
+            return Ok(());
+        }
+        self.ready()?;
+        let client = self.client().await?;
+        self.learn_top(&client).await?;
+        let Some(open) = &self.state.open else { return Ok(()) };
+        let mut nodes = open.nodes.iter().copied();
+        match nodes.next() {
+            Some(top) => graph::flush(&client, top, nodes.next()).await,
+            None => Ok(()),
+        }
+    }
+
     /// Gives the top a larger virtual size. The export is away for a moment, as it would not allow that.
     ///
     /// # Errors

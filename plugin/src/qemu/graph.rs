@@ -206,7 +206,22 @@ pub async fn close(client: &Client) -> Result<()> {
 /// When the flush fails: writes that were acknowledged may be lost. A second attempt may then succeed without
 /// having written anything, and is worth nothing.
 pub async fn flush_and_freeze(client: &Client, top: NodeId, backing: Option<NodeId>) -> Result<()> {
-    let mut options = format_options(top, Mode::ReadOnly);
+    reopen(client, top, backing, Mode::ReadOnly).await
+}
+
+/// Writes everything that is not yet in the file of a top that is open for writing; clients do not notice.
+///
+/// # Errors
+///
+/// When the flush fails.
+pub async fn flush(client: &Client, top: NodeId, backing: Option<NodeId>) -> Result<()> {
+    // QEMU flushes whatever it reopens, and has no other command for it.
+    reopen(client, top, backing, Mode::ReadWrite).await
+}
+
+/// Opens the top anew as it is, for a mode.
+async fn reopen(client: &Client, top: NodeId, backing: Option<NodeId>, mode: Mode) -> Result<()> {
+    let mut options = format_options(top, mode);
     options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
     client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
 }

@@ -56,6 +56,30 @@ pub struct VolumeRecord {
     pub cbt_enabled: bool,
 }
 
+/// Which blocks differ between two volumes, as Volume.list_changed_blocks gives it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChangedBlocks {
+    /// How many bytes a bit stands for.
+    pub granularity: u64,
+    /// The bits in base64, the first block in the highest bit of the first byte.
+    #[serde(serialize_with = "base64")]
+    pub bitmap: Vec<u8>,
+}
+
+/// Writes bytes as base64 (RFC 4648, section 4).
+fn base64<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for three in bytes.chunks(3) {
+        let group = three.iter().chain([0; 2].iter()).take(3).fold(0, |group, byte| group << 8 | usize::from(*byte));
+        for digit in 0..4 {
+            let value = group >> (18 - 6 * digit) & 63;
+            text.push(if digit <= three.len() { char::from(DIGITS[value]) } else { '=' });
+        }
+    }
+    serializer.serialize_str(&text)
+}
+
 /// An SR's health.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
@@ -281,6 +305,16 @@ mod tests {
     fn a_failure_is_never_complete() {
         let text = serde_json::to_string(&DataStatus::failed()).unwrap();
         assert_eq!(text, r#"{"failed":true,"complete":false}"#);
+    }
+
+    #[test]
+    fn bitmaps_are_base64() {
+        for (bytes, text) in
+            [(&b""[..], ""), (b"f", "Zg=="), (b"fo", "Zm8="), (b"foo", "Zm9v"), (b"foob\xff\x80", "Zm9vYv+A")]
+        {
+            let blocks = ChangedBlocks { granularity: 65536, bitmap: bytes.to_vec() };
+            assert_eq!(serde_json::to_value(blocks).unwrap(), json!({"granularity": 65536, "bitmap": text}));
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub const MAX_CHAIN: usize = 256;
 /// # Errors
 ///
 /// [`Error::Unsupported`] when the volume's own data cannot be told from, or moved without, that of others;
-/// [`Error::ChainTooLong`]; [`Error::VolumeDoesNotExist`].
+/// [`Error::ChainTooLong`]; [`Error::VolumeDoesNotExist`], [`Error::DataDestroyed`].
 fn kept_nodes(
     tree: &Tree,
     child: VolumeKey,
@@ -57,10 +57,10 @@ fn kept_nodes(
     parent: VolumeKey,
     mut is_empty: impl FnMut(NodeId) -> Result<bool>,
 ) -> Result<BTreeMap<NodeId, Node>> {
-    let base = onto.volume(parent)?.node;
+    let base = onto.volume_with_data(parent)?.node;
     let base_size = onto.node(base)?.virtual_size;
     let below = onto.chain(base);
-    let top = tree.volume(child)?.node;
+    let top = tree.volume_with_data(child)?.node;
     if tree.is_frozen(top) {
         return Err(Error::Unsupported(format!("volume {child} is to be composed, and others lie on it")));
     }
@@ -301,6 +301,7 @@ mod tests {
             read_write: true,
             sharable: false,
             cbt_enabled: false,
+            data_destroyed: false,
             keys: Keys::new(),
             active: Vec::new(),
         };

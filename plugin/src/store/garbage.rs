@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::changed::CHANGED_SUFFIX;
 use super::locked::{LockedTree, NODE_SUFFIX, read};
 use super::sr::{NEW, OLD, Sr};
 use super::tree::Tree;
@@ -128,7 +129,11 @@ pub(super) fn sweep_tree(
             continue;
         };
         let node = name.strip_suffix(NODE_SUFFIX).and_then(|id| id.parse::<NodeId>().ok());
-        if node.is_some_and(|id| !nodes.contains(&id)) || name.starts_with(record::TEMPORARY) {
+        let past = name.strip_suffix(CHANGED_SUFFIX).and_then(|id| id.parse::<NodeId>().ok());
+        if node.is_some_and(|id| !nodes.contains(&id))
+            || past.is_some_and(|id| !tree.history.contains_key(&id))
+            || name.starts_with(record::TEMPORARY)
+        {
             let path = directory.join(name);
             fs::remove_file(&path).map_err(Error::on("removing", &path))?;
         }

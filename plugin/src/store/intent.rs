@@ -81,7 +81,7 @@ impl LockedTree {
     /// When it cannot be grown; it then has its old size, or its new one if only the last step failed and is done
     /// by the next call.
     pub fn grow(&mut self, key: VolumeKey, virtual_size: u64) -> Result<()> {
-        let image = self.checked_image(self.volume(key)?.node)?;
+        let image = self.checked_image(self.tree.volume_with_data(key)?.node)?;
         self.begin_resize(key, virtual_size)?;
         let grown = img::resize(&image.path, virtual_size, Some(&self.lock));
         let ended = self.end_resize();

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
+use super::changed::changed_path;
 use super::locked::{LoadedTree, node_path};
 use super::sr::Sr;
 use super::tree::Intent;
@@ -91,7 +92,10 @@ fn settled<T>(mut read: impl FnMut() -> Result<Option<T>>) -> Result<T> {
 /// Describes a volume, or gives `None` when its tree has changed since it was read.
 fn describe(sr: &Sr, loaded: &LoadedTree, key: VolumeKey) -> Result<Option<VolumeRecord>> {
     let volume = loaded.volume(key)?;
-    let path = node_path(&loaded.directory, volume.node);
+    let path = match loaded.tree.nodes.contains_key(&volume.node) {
+        true => node_path(&loaded.directory, volume.node),
+        false => changed_path(&loaded.directory, volume.node),
+    };
     let metadata = match fs::symlink_metadata(&path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -112,12 +116,12 @@ fn describe(sr: &Sr, loaded: &LoadedTree, key: VolumeKey) -> Result<Option<Volum
         description: volume.description.clone(),
         read_write: volume.read_write,
         sharable: volume.sharable,
-        virtual_size: loaded.tree.node(volume.node)?.virtual_size,
+        virtual_size: loaded.tree.virtual_size(volume.node)?,
         // A file's blocks are counted in 512 bytes, whatever the file system's are.
         physical_utilisation: metadata.blocks() * 512,
         uri: vec![VolumeUri { sr: sr.record.uuid, volume: key }.to_string()],
         keys: volume.keys.clone(),
-        volume_type: VolumeType::Data,
+        volume_type: if volume.data_destroyed { VolumeType::CbtMetadata } else { VolumeType::Data },
         cbt_enabled: volume.cbt_enabled,
     }))
 }

@@ -54,9 +54,13 @@ impl LoadedTree {
     ///
     /// # Errors
     ///
-    /// [`Error::Image`] for a file that is missing or not what it should be.
+    /// [`Error::Image`] for a file that is missing or not what it should be; [`Error::DataDestroyed`].
     pub fn chain_images(&self, key: VolumeKey) -> Result<Vec<Image>> {
-        self.tree.chain(self.volume(key)?.node).into_iter().map(|node| self.checked_image(node)).collect()
+        self.tree
+            .chain(self.tree.volume_with_data(key)?.node)
+            .into_iter()
+            .map(|node| self.checked_image(node))
+            .collect()
     }
 
     /// Gives a node's file with its header checked.
@@ -115,6 +119,7 @@ impl LockedTree {
     ///
     /// When it cannot be written; the record is then as before, or where only the last sync failed, either.
     pub fn commit(&mut self, tree: Tree) -> Result<()> {
+        let tree = Tree { format: tree.needed_format(), ..tree };
         tree.check().map_err(|reason| Error::Internal(format!("a change would leave a wrong tree: {reason}")))?;
         let path = record_path(&self.loaded.directory);
         let spare = spare_path(&self.loaded.directory);
@@ -236,9 +241,53 @@ impl LockedTree {
         let node = after.node(overlay)?.clone();
         let made = Change { nodes: BTreeMap::from([(overlay, node)]), ..Change::default() };
         self.prepare(&made)?;
+        let after = self.without_files(after);
         let committed = self.commit(after);
         self.sweep([]);
         committed
+    }
+
+    /// Removes the data of a volume that nobody has open; what it changed stays known, and data that other volumes lie
+    /// on stays with them.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be done; the volume is then as before.
+    pub fn destroy_data(&mut self, key: VolumeKey) -> Result<()> {
+        let mut after = plan::data_destroyed(&self.tree, key)?;
+        let recorded = loop {
+            let Some(node) = plan::next_past(&after) else {
+                break Ok(());
+            };
+            if let Err(error) = self.keep_changes(&after, node) {
+                break Err(error);
+            }
+            after = plan::only_past(&after, node)?;
+        };
+        let committed = recorded.and_then(|()| self.commit(after));
+        self.sweep([]);
+        committed
+    }
+
+    /// Takes the files out of a planned tree that it has only for what they changed; that is recorded first. A file of
+    /// which it cannot be stays, for the next time.
+    fn without_files(&self, mut after: Tree) -> Tree {
+        while let Some(node) = plan::next_past(&after) {
+            let kept = self.keep_changes(&after, node).and_then(|()| plan::only_past(&after, node));
+            match kept {
+                Ok(next) => after = next,
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), %node, "a node's file is kept for what it changed");
+                    break;
+                }
+            }
+        }
+        after
+    }
+
+    /// Makes sure that what a node changed is known without its file.
+    fn keep_changes(&self, after: &Tree, node: NodeId) -> Result<()> {
+        if after.history.contains_key(&node) { Ok(()) } else { self.record_changes(node) }
     }
 
     /// Gives a volume a new empty overlay if others lie on its node, so that the volume can be written to.
@@ -247,7 +296,7 @@ impl LockedTree {
     ///
     /// When it cannot be done; nothing of it is left then.
     pub fn make_writable(&mut self, key: VolumeKey) -> Result<()> {
-        if !self.tree.is_frozen(self.volume(key)?.node) {
+        if !self.tree.is_frozen(self.tree.volume_with_data(key)?.node) {
             return Ok(());
         }
         let change = plan::overlay(&self.tree, key, NodeId::random(), None)?;
@@ -262,6 +311,7 @@ impl LockedTree {
     pub fn destroy(mut self, key: VolumeKey) -> Result<()> {
         match plan::destroyed(&self.tree, key)? {
             Some(after) => {
+                let after = self.without_files(after);
                 self.commit(after)?;
                 self.sweep([key]);
             }

@@ -6,6 +6,7 @@
 //! <sr>/volumes/<volume>                 symlink to ../trees/<tree>
 //! <sr>/trees/<tree>/tree.json           what nodes and volumes there are (Tree)
 //! <sr>/trees/<tree>/<node>.qcow2        a node
+//! <sr>/trees/<tree>/<node>.changed.json what a node changed whose file is gone, or says something else since
 //! <sr>/trees/<tree>/lock                whoever changes tree.json or the files holds it
 //! <sr>/trees/<tree>/spare               blocks set aside for a tree.json, so that a full file system can be freed
 //! <sr>/trees/.new-<tree>/               a tree being made; renamed into place
@@ -20,6 +21,8 @@
 //! ([`plan`]), carried out by whoever holds the tree's lock ([`LockedTree`]). Locks are taken in the order SR,
 //! tree, attachment, and none is held across a job.
 
+mod allocation;
+mod changed;
 pub mod compose;
 mod garbage;
 mod header;
@@ -34,9 +37,13 @@ mod sr;
 mod tree;
 mod uri;
 
+pub use allocation::BLOCK;
+pub use changed::Bitmap;
 pub use header::Header;
 pub use locked::{LoadedTree, LockedTree};
 pub use new::NewTree;
 pub use sr::{Sr, SrRecord, is_read_only};
-pub use tree::{Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, SIZE_UNIT, Scratch, Tree, Volume};
+pub use tree::{
+    Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, Past, SIZE_UNIT, Scratch, Tree, Volume,
+};
 pub use uri::{sr_path, sr_uri};

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use super::tree::{Change, Intent, MAX_VIRTUAL_SIZE, Move, Node, SIZE_UNIT, Tree, Volume};
+use super::tree::{Change, Intent, MAX_VIRTUAL_SIZE, Move, Node, Past, SIZE_UNIT, Tree, Volume};
 use crate::error::{Error, Result};
 use crate::id::{NodeId, VolumeKey};
 use crate::smapi::Keys;
@@ -45,7 +45,7 @@ pub fn size(asked: i128) -> Result<u64> {
 ///
 /// [`Error::VolumeDoesNotExist`].
 pub fn snapshot(tree: &Tree, volume: VolumeKey, snapshot: VolumeKey, new_overlay: NodeId) -> Result<Change> {
-    let original = tree.volume(volume)?;
+    let original = tree.volume_with_data(volume)?;
     let mut change = overlay(tree, volume, new_overlay, None)?;
     change.volumes = BTreeMap::from([(snapshot, copy_of(original, original.node))]);
     Ok(change)
@@ -64,14 +64,16 @@ pub fn clone(
     clone_node: NodeId,
     moves_to: Option<NodeId>,
 ) -> Result<Change> {
-    let original = tree.volume(volume)?;
+    let original = tree.volume_with_data(volume)?;
     let mut change = match moves_to {
         Some(new_overlay) => overlay(tree, volume, new_overlay, None)?,
         None => Change::default(),
     };
     let virtual_size = tree.node(original.node)?.virtual_size;
     change.nodes.insert(clone_node, Node { parent: Some(original.node), virtual_size });
-    change.volumes = BTreeMap::from([(clone, copy_of(original, clone_node))]);
+    // A clone is the first of its own backups (xen-api `ocaml/quicktest/quicktest_cbt.ml`).
+    let copied = Volume { cbt_enabled: false, ..copy_of(original, clone_node) };
+    change.volumes = BTreeMap::from([(clone, copied)]);
     Ok(change)
 }
 
@@ -82,7 +84,7 @@ pub fn clone(
 ///
 /// [`Error::VolumeDoesNotExist`].
 pub fn overlay(tree: &Tree, volume: VolumeKey, overlay: NodeId, virtual_size: Option<u64>) -> Result<Change> {
-    let below = tree.volume(volume)?.node;
+    let below = tree.volume_with_data(volume)?.node;
     let virtual_size = virtual_size.unwrap_or(tree.node(below)?.virtual_size);
     Ok(Change {
         nodes: BTreeMap::from([(overlay, Node { parent: Some(below), virtual_size })]),
@@ -103,6 +105,7 @@ fn copy_of(original: &Volume, node: NodeId) -> Volume {
         read_write: true,
         sharable: original.sharable,
         cbt_enabled: original.cbt_enabled,
+        data_destroyed: false,
         keys,
         active: Vec::new(),
     }
@@ -160,10 +163,13 @@ pub fn reverted(tree: &Tree, key: VolumeKey, snapshot: VolumeKey, overlay: NodeI
     if key == snapshot {
         return Err(Error::BadRequest(format!("volume {key} cannot be reverted to itself")));
     }
-    let old = tree.volume(key)?.node;
+    let old = tree.volume_with_data(key)?.node;
     let kept = tree.volumes.get(&snapshot).ok_or_else(|| {
         Error::Unsupported(format!("reverting volume {key} to {snapshot}, which is of another disk"))
     })?;
+    if kept.data_destroyed {
+        return Err(Error::DataDestroyed(snapshot.to_string()));
+    }
     let virtual_size = tree.node(kept.node)?.virtual_size;
     let parent = Some(kept.node);
     let mut after = tree.clone();
@@ -194,14 +200,47 @@ pub fn destroyed(tree: &Tree, key: VolumeKey) -> Result<Option<Tree>> {
     Ok(Some(after))
 }
 
+/// Plans the end of a volume's data; what it changed stays known.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`].
+pub fn data_destroyed(tree: &Tree, key: VolumeKey) -> Result<Tree> {
+    let mut after = tree.clone();
+    after.volume_mut(key)?.data_destroyed = true;
+    if let Some(scratch) = after.scratch.remove(&key).and_then(|scratch| scratch.node) {
+        prune(&mut after, scratch);
+    }
+    Ok(after)
+}
+
+/// Finds a node whose file nothing needs any more, but what it changed does.
+pub fn next_past(tree: &Tree) -> Option<NodeId> {
+    tree.nodes.keys().copied().find(|id| !tree.has_needed_data(*id))
+}
+
+/// Takes a node's file out of the tree, whose changes are recorded apart from it from then on.
+///
+/// # Errors
+///
+/// [`Error::Internal`] for a node of another tree.
+pub fn only_past(tree: &Tree, id: NodeId) -> Result<Tree> {
+    let mut after = tree.clone();
+    let missing = || Error::Internal(format!("node {id} is not in this tree"));
+    let Node { parent, virtual_size } = after.nodes.remove(&id).ok_or_else(missing)?;
+    after.history.entry(id).or_insert(Past { parent, virtual_size });
+    Ok(after)
+}
+
 /// Removes a node that neither a volume nor another node needs, and then those below it likewise.
 pub(super) fn prune(tree: &mut Tree, from: NodeId) {
-    let mut node = Some(from);
-    while let Some(id) = node {
+    let mut next = vec![from];
+    while let Some(id) = next.pop() {
         if tree.is_frozen(id) || tree.volumes.values().any(|volume| volume.node == id) {
-            break;
+            continue;
         }
-        node = tree.nodes.remove(&id).and_then(|removed| removed.parent);
+        next.extend(tree.history.remove(&id).and_then(|past| past.parent));
+        next.extend(tree.nodes.remove(&id).and_then(|removed| removed.parent));
     }
 }
 
@@ -246,6 +285,7 @@ mod tests {
             read_write: true,
             sharable: false,
             cbt_enabled: false,
+            data_destroyed: false,
             keys: Keys::new(),
             active: Vec::new(),
         };

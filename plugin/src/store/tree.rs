@@ -19,9 +19,10 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
 /// The record of a tree, `tree.json`: the truth about what nodes and volumes there are.
 ///
-/// Format 1 is an object of `format`, `nodes`, `volumes`, where something was composed `composed`, while writes are
-/// thrown away `scratch` and, while an operation is under way, `intent`. A field that is not known is an error: whatever adds one raises the format. What [`Self::check`] asks for holds of every
-/// tree that was loaded.
+/// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. Format 2 may
+/// have `composed`, `scratch`, a `history`, volumes whose data was destroyed and an intent to compose; a tree that has
+/// none of these is written as format 1. A field that is not known is an error: whatever adds one raises the format.
+/// What [`Self::check`] asks for holds of every tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tree {
@@ -38,6 +39,9 @@ pub struct Tree {
     /// The volumes whose guests' writes are thrown away.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub scratch: BTreeMap<VolumeKey, Scratch>,
+    /// What changed from node to node where the nodes' files no longer tell.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub history: BTreeMap<NodeId, Past>,
     /// An operation that was begun and whose end is not recorded; whoever locks the tree next finishes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub intent: Option<Intent>,
@@ -51,6 +55,21 @@ pub struct Node {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<NodeId>,
     /// The size that a guest sees, in bytes; the same as in the file's header.
+    pub virtual_size: u64,
+}
+
+/// What a node changed, kept apart from its file: `<node>.changed.json` beside the record lists the blocks that it had
+/// of its own above `parent`.
+///
+/// A node that is only here has no file any more. One that is among the nodes too has a file that says something
+/// else: another node was merged into it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Past {
+    /// The node that was below it, which has a file or a past.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<NodeId>,
+    /// The size that a guest saw, in bytes.
     pub virtual_size: u64,
 }
 
@@ -73,6 +92,9 @@ pub struct Volume {
     pub sharable: bool,
     /// Whether changed blocks are tracked.
     pub cbt_enabled: bool,
+    /// Whether its data was destroyed: only what changed in it is still known.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub data_destroyed: bool,
     /// The keys that xapi set, any text.
     #[serde(default, skip_serializing_if = "Keys::is_empty")]
     pub keys: Keys,
@@ -179,18 +201,22 @@ impl Intent {
 }
 
 impl Record for Tree {
-    const FORMAT: u64 = 1;
+    const FORMAT: u64 = 2;
 }
+
+/// The format of a tree that has nothing newer.
+const FIRST_FORMAT: u64 = 1;
 
 impl Tree {
     /// Makes the tree of one volume on one empty node.
     pub fn of_one(key: VolumeKey, volume: Volume, virtual_size: u64) -> Self {
         Self {
-            format: Self::FORMAT,
+            format: FIRST_FORMAT,
             nodes: BTreeMap::from([(volume.node, Node { parent: None, virtual_size })]),
             volumes: BTreeMap::from([(key, volume)]),
             composed: BTreeMap::new(),
             scratch: BTreeMap::new(),
+            history: BTreeMap::new(),
             intent: None,
         }
     }
@@ -213,6 +239,28 @@ impl Tree {
         self.volumes.get_mut(&key).ok_or_else(|| Error::VolumeDoesNotExist(key.to_string()))
     }
 
+    /// Finds a volume that has data.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VolumeDoesNotExist`], [`Error::DataDestroyed`].
+    pub fn volume_with_data(&self, key: VolumeKey) -> Result<&Volume> {
+        match self.volume(key)? {
+            volume if volume.data_destroyed => Err(Error::DataDestroyed(key.to_string())),
+            volume => Ok(volume),
+        }
+    }
+
+    /// Gives the oldest format in which the tree can be written: programs that know no newer one can go on with it.
+    pub fn needed_format(&self) -> u64 {
+        let plain = self.composed.is_empty()
+            && self.scratch.is_empty()
+            && self.history.is_empty()
+            && !self.volumes.values().any(|volume| volume.data_destroyed)
+            && !matches!(self.intent, Some(Intent::Compose { .. }));
+        if plain { FIRST_FORMAT } else { Self::FORMAT }
+    }
+
     /// Finds a node that the tree is known to have.
     ///
     /// # Errors
@@ -229,6 +277,29 @@ impl Tree {
         std::iter::successors(Some(node), parent).take(self.nodes.len()).collect()
     }
 
+    /// Gives a node and all whose changes led to it, down to the first: its chain, and nodes that have only a past.
+    pub fn lineage(&self, node: NodeId) -> Vec<NodeId> {
+        // Bounded, so that it ends on a record that was not checked, and long enough to show that it goes round.
+        let before = |id: &NodeId| match self.history.get(id) {
+            Some(past) => past.parent,
+            None => self.nodes.get(id).and_then(|node| node.parent),
+        };
+        std::iter::successors(Some(node), before).take(self.nodes.len() + self.history.len() + 1).collect()
+    }
+
+    /// Gives the size that a guest on a node sees, or saw while it had a file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] for a node of another tree.
+    pub fn virtual_size(&self, id: NodeId) -> Result<u64> {
+        match (self.nodes.get(&id), self.history.get(&id)) {
+            (Some(node), _) => Ok(node.virtual_size),
+            (None, Some(past)) => Ok(past.virtual_size),
+            (None, None) => Err(Error::Internal(format!("node {id} is not in this tree"))),
+        }
+    }
+
     /// Gives the nodes that lie directly on a node.
     pub fn children(&self, parent: NodeId) -> impl Iterator<Item = NodeId> {
         self.nodes.iter().filter(move |(_, node)| node.parent == Some(parent)).map(|(id, _)| *id)
@@ -240,7 +311,23 @@ impl Tree {
             Some(Intent::Switch(change)) => change.nodes.values().any(|node| node.parent == Some(id)),
             Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => false,
         };
-        pending || self.children(id).next().is_some()
+        // What changed above it is told by what it held, also where the file that had the change is gone.
+        let past = self.history.values().any(|past| past.parent == Some(id));
+        pending || past || self.children(id).next().is_some()
+    }
+
+    /// Tells whether a node's file is needed: a volume's data is in it, or another file lies on it or is about to.
+    pub fn has_needed_data(&self, id: NodeId) -> bool {
+        let pending = match &self.intent {
+            Some(Intent::Switch(change)) => change.nodes.values().any(|node| node.parent == Some(id)),
+            Some(Intent::Resize { node, .. }) => *node == id,
+            // Which of the two trees needs what is not known before it is finished.
+            Some(Intent::Compose { .. }) => true,
+            None => false,
+        };
+        let held = self.volumes.values().any(|volume| volume.node == id && !volume.data_destroyed);
+        let scratch = self.scratch.values().any(|scratch| scratch.node == Some(id));
+        pending || held || scratch || self.children(id).next().is_some()
     }
 
     /// Gives every node whose file must stay: those of the tree and those of an operation under way.
@@ -269,6 +356,7 @@ impl Tree {
     /// What does not hold, in words.
     pub fn check(&self) -> Result<(), String> {
         self.check_nodes()?;
+        self.check_history()?;
         self.check_volumes()?;
         self.check_scratch()?;
         match &self.intent {
@@ -313,8 +401,27 @@ impl Tree {
             }
             rooted.extend(walked);
         }
-        if roots != 1 {
+        // Of a tree whose data is all destroyed only the history is left.
+        let is_history = self.nodes.is_empty() && !self.history.is_empty();
+        if roots != 1 && !is_history {
             return Err(format!("it has {roots} roots instead of one"));
+        }
+        Ok(())
+    }
+
+    fn check_history(&self) -> Result<(), String> {
+        for (id, past) in &self.history {
+            check_size(*id, past.virtual_size)?;
+            if let Some(parent) = past.parent
+                && !self.nodes.contains_key(&parent)
+                && !self.history.contains_key(&parent)
+            {
+                return Err(format!("node {id} had parent {parent}, of which nothing is known"));
+            }
+            let lineage = self.lineage(*id);
+            if lineage.iter().collect::<BTreeSet<_>>().len() != lineage.len() {
+                return Err(format!("the history of node {id} goes round in a circle"));
+            }
         }
         Ok(())
     }
@@ -325,7 +432,8 @@ impl Tree {
         }
         let mut owners = BTreeMap::new();
         for (key, volume) in &self.volumes {
-            if !self.nodes.contains_key(&volume.node) {
+            let past = volume.data_destroyed && self.history.contains_key(&volume.node);
+            if !past && !self.nodes.contains_key(&volume.node) {
                 return Err(format!("volume {key} is on node {}, which is not there", volume.node));
             }
             if let Some(other) = owners.insert(volume.node, key) {
@@ -381,6 +489,12 @@ impl Tree {
             volume.node = moves.overlay;
         }
     }
+}
+
+/// Tells whether a flag is left out of the record.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Checks a size that a record gives.

@@ -13,6 +13,7 @@ mod answer;
 mod bad_input;
 mod bad_size;
 mod bench;
+mod cbt;
 mod compose;
 mod copy;
 mod crowd;
@@ -202,6 +203,7 @@ pub fn all_checks() -> Vec<Check> {
         ("compose", compose::checks),
         ("nonpersistent", nonpersistent::checks),
         ("live", live::checks),
+        ("changed blocks", cbt::checks),
         ("mirror", mirror::checks),
         ("mirror's end", mirror_end::checks),
         ("copy", copy::checks),

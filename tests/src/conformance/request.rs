@@ -93,7 +93,10 @@ async fn about_a_volume(b: &Bench, method: &'static str) -> Result<Request> {
     Ok(match method {
         "Volume.stat" | "Volume.snapshot" | "Volume.clone" | "Volume.destroy" | "Volume.enable_cbt"
         | "Volume.disable_cbt" => Request::volume(method, DBG, sr, key),
-        "Volume.data_destroy" => Request::volume(method, DBG, sr, &b.snapshot(key).await?.key),
+        "Volume.data_destroy" => {
+            b.call(&Request::volume("Volume.enable_cbt", DBG, sr, key)).await?;
+            Request::volume(method, DBG, sr, &b.snapshot(key).await?.key)
+        }
         "Volume.set" => Request::volume_set(DBG, sr, key, "vdi-type", "user"),
         "Volume.unset" => {
             b.set(key, "content_id", "x").await?;
@@ -104,6 +107,7 @@ async fn about_a_volume(b: &Bench, method: &'static str) -> Result<Request> {
         "Volume.resize" => Request::volume_resize(DBG, sr, key, 8 * MIB),
         "Volume.revert" => Request::volume_revert(DBG, sr, &b.snapshot(key).await?.key, key),
         "Volume.list_changed_blocks" => {
+            b.call(&Request::volume("Volume.enable_cbt", DBG, sr, key)).await?;
             let (before, after) = (b.snapshot(key).await?.key, key);
             Request::volume_list_changed_blocks(DBG, sr, &before, after)
         }

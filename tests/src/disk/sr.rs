@@ -34,6 +34,10 @@ pub struct Tree {
     pub nodes: BTreeMap<String, Node>,
     /// The node of each volume, by the volume's UUID, as tree.json says.
     pub volumes: BTreeMap<String, String>,
+    /// The volumes whose data was destroyed, whose nodes need no file.
+    pub without_data: BTreeSet<String>,
+    /// The nodes that have a record of what they changed.
+    history: BTreeSet<String>,
 }
 
 /// One qcow2 file.
@@ -64,6 +68,8 @@ pub struct Inventory {
 struct TreeRecord {
     nodes: BTreeMap<String, NodeRecord>,
     volumes: BTreeMap<String, VolumeRecord>,
+    #[serde(default)]
+    history: BTreeMap<String, NodeRecord>,
 }
 
 #[derive(Deserialize)]
@@ -74,6 +80,8 @@ struct NodeRecord {
 #[derive(Deserialize)]
 struct VolumeRecord {
     node: String,
+    #[serde(default)]
+    data_destroyed: bool,
 }
 
 impl Sr {
@@ -191,7 +199,8 @@ impl Tree {
     fn contradictions(&self, found: &mut Vec<String>) {
         let mut needed = BTreeSet::new();
         for (volume, node) in &self.volumes {
-            if !self.nodes.contains_key(node) {
+            let recorded = self.without_data.contains(volume) && self.history.contains(node);
+            if !recorded && !self.nodes.contains_key(node) {
                 found.push(format!("volume {volume} names node {node}, which has no file"));
             }
             let mut next = Some(node.as_str());
@@ -250,7 +259,7 @@ fn read_tree(directory: &Path) -> Result<Tree> {
         Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{} is unreadable", path.display()))?,
         // Garbage that waits for a collection: node files without a record.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            TreeRecord { nodes: BTreeMap::new(), volumes: BTreeMap::new() }
+            TreeRecord { nodes: BTreeMap::new(), volumes: BTreeMap::new(), history: BTreeMap::new() }
         }
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
     };
@@ -267,8 +276,11 @@ fn read_tree(directory: &Path) -> Result<Tree> {
         let node = Node { image, virtual_size: info.virtual_size, backing, parent, recorded: recorded.is_some() };
         nodes.insert(uuid, node);
     }
+    let destroyed = record.volumes.iter().filter(|(_, record)| record.data_destroyed);
+    let without_data = destroyed.map(|(volume, _)| volume.clone()).collect();
     let volumes = record.volumes.into_iter().map(|(volume, record)| (volume, record.node)).collect();
-    Ok(Tree { uuid: file_name(directory), nodes, volumes })
+    let history = record.history.into_keys().collect();
+    Ok(Tree { uuid: file_name(directory), nodes, volumes, without_data, history })
 }
 
 /// The UUID in a backing string, which is the plain name of a file in the same directory.

@@ -247,6 +247,23 @@ impl ChangedBlocks {
         let f = value.fields("changed blocks")?;
         Ok(Self { granularity: f.required("granularity", Json::int)?, bitmap: f.required("bitmap", Json::string)? })
     }
+
+    /// The bits of the bitmap, the highest of each byte first; `None` if it is no base64.
+    #[must_use]
+    pub fn bits(&self) -> Option<Vec<bool>> {
+        const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let text = self.bitmap.trim_end_matches('=');
+        if !self.bitmap.len().is_multiple_of(4) || self.bitmap.len() - text.len() > 2 {
+            return None;
+        }
+        let mut bits = Vec::with_capacity(text.len() * 6);
+        for digit in text.bytes() {
+            let value = DIGITS.iter().position(|known| *known == digit)?;
+            bits.extend((0..6).rev().map(|bit| value >> bit & 1 == 1));
+        }
+        bits.truncate(bits.len() / 8 * 8);
+        Some(bits)
+    }
 }
 
 #[cfg(test)]

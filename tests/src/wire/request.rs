@@ -160,15 +160,20 @@ impl Request {
 
     /// `Volume.list_changed_blocks` over the whole volume, which is how xapi asks.
     pub fn volume_list_changed_blocks(dbg: &str, sr: &str, from: &str, to: &str) -> Self {
+        Self::volume_list_changed_blocks_in(dbg, sr, (from, to), (0, -1))
+    }
+
+    /// `Volume.list_changed_blocks` between two volumes in an extent, its offset and its length.
+    pub fn volume_list_changed_blocks_in(dbg: &str, sr: &str, volumes: (&str, &str), extent: (i64, i64)) -> Self {
         Self::new(
             "Volume.list_changed_blocks",
             dbg,
             vec![
                 ("sr", sr.into()),
-                ("key", from.into()),
-                ("key2", to.into()),
-                ("offset", Json::Int(0)),
-                ("length", Json::Int(-1)),
+                ("key", volumes.0.into()),
+                ("key2", volumes.1.into()),
+                ("offset", Json::Int(extent.0)),
+                ("length", Json::Int(extent.1)),
             ],
         )
     }

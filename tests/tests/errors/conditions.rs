@@ -54,6 +54,7 @@ pub fn all() -> Vec<Condition> {
         "a record was written by a newer version" => newer,
         "an image is not what the record says" => wrong_image,
         "a SMAPIv1 migration writes to a volume that is not active here" => not_active,
+        "the volume's data was destroyed" => without_data,
         "the SR's directory or its `sr.json` is not there" => gone,
         "a size that no volume can have" => wrong_size,
         "a volume is made smaller" => smaller,
@@ -64,6 +65,8 @@ pub fn all() -> Vec<Condition> {
         "the request cannot be understood" => bad_request,
         "a system call failed" => system_call,
         "something took longer than its setting" => too_long,
+        "changed blocks of the volume are not tracked" => untracked,
+        "changed blocks are asked for between volumes of two disks" => unrelated,
         "the mirror of the volume broke after it was complete" => broken_mirror,
         "qemu-img or the storage daemon refused" => qemu,
         "the file system is read-only" mounts => read_only,
@@ -267,4 +270,26 @@ async fn read_only(b: Arc<Bench>) -> Result<Failure> {
     let sr = b.attach_sr(&created).await?;
     mounted.make_read_only()?;
     call(&b, &Request::volume_create(DBG, &sr, "a disk", "", MIB, false)).await
+}
+
+async fn without_data(b: Arc<Bench>) -> Result<Failure> {
+    let volume = b.create(MIB).await?;
+    b.call(&Request::volume("Volume.enable_cbt", DBG, &b.sr.sr, &volume.key)).await?;
+    let snapshot = b.snapshot(&volume.key).await?;
+    b.call(&Request::volume("Volume.data_destroy", DBG, &b.sr.sr, &snapshot.key)).await?;
+    refused(b.clone_of(&snapshot.key).await)
+}
+
+async fn untracked(b: Arc<Bench>) -> Result<Failure> {
+    let volume = b.create(MIB).await?;
+    let snapshot = b.snapshot(&volume.key).await?;
+    refused(b.call(&Request::volume_list_changed_blocks(DBG, &b.sr.sr, &snapshot.key, &volume.key)).await)
+}
+
+async fn unrelated(b: Arc<Bench>) -> Result<Failure> {
+    let (one, other) = (b.create(MIB).await?, b.create(MIB).await?);
+    for volume in [&one, &other] {
+        b.call(&Request::volume("Volume.enable_cbt", DBG, &b.sr.sr, &volume.key)).await?;
+    }
+    refused(b.call(&Request::volume_list_changed_blocks(DBG, &b.sr.sr, &one.key, &other.key)).await)
 }

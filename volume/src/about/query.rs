@@ -15,6 +15,7 @@ const FEATURES: &[&str] = &[
     "VDI_COMPOSE",
     "VDI_ACTIVATE_READONLY",
     "VDI_ATTACH_OFFLINE",
+    "VDI_CONFIG_CBT",
     "THIN_PROVISIONING",
     "LARGE_VDI",
 ];

@@ -36,6 +36,7 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
         read_write: true,
         sharable,
         cbt_enabled: false,
+        data_destroyed: false,
         keys: Keys::new(),
         active: Vec::new(),
     };

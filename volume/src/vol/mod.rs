@@ -3,7 +3,11 @@
 pub mod clone;
 pub mod compose;
 pub mod create;
+pub mod data_destroy;
 pub mod destroy;
+pub mod disable_cbt;
+pub mod enable_cbt;
+pub mod list_changed_blocks;
 pub mod resize;
 pub mod revert;
 pub mod set;

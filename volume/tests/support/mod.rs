@@ -381,6 +381,11 @@ impl Guest {
         self.ask(&format!("write -f -P {pattern} {offset} {length}"), "ops");
     }
 
+    /// Writes a pattern, which may stay in the caches of whoever is below.
+    pub fn write_unflushed(&mut self, pattern: u8, offset: u64, length: u64) {
+        self.ask(&format!("write -P {pattern} {offset} {length}"), "ops");
+    }
+
     /// Reads a pattern.
     pub fn read(&mut self, pattern: u8, offset: u64, length: u64) {
         self.ask(&format!("read -P {pattern} {offset} {length}"), "ops");

@@ -1,0 +1,65 @@
+//! Volume.list_changed_blocks: tells which blocks differ between two volumes of one disk.
+
+use plugin::attachment::Attachment;
+use plugin::error::{Error, Result};
+use plugin::host::Host;
+use plugin::id::VolumeKey;
+use plugin::qemu;
+use plugin::smapi::ChangedBlocks;
+use plugin::store::{BLOCK, Bitmap, LockedTree, Mode};
+use serde::Deserialize;
+
+use crate::request::{SrName, VolumeName};
+use crate::usage::Usage;
+
+/// The volume that is compared with, `key`, the one that is compared, `key2`, and the extent in bytes; a negative length
+/// reaches to the end.
+#[derive(Debug, Deserialize)]
+pub struct Parameters {
+    sr: SrName,
+    key: VolumeName,
+    key2: VolumeName,
+    offset: i128,
+    length: i128,
+}
+
+/// Tells the changed blocks of the extent, widened to whole blocks and ending with the second volume. The two may be
+/// any volumes of one disk's tree, whichever is older, with data or without.
+///
+/// # Errors
+///
+/// [`Error::ChangesNotTracked`], [`Error::UnrelatedVolumes`]; [`Error::ActivatedOnAnotherHost`] where another host's
+/// daemon may know of changes that are not in the files.
+pub fn execute(host: &Host, parameters: Parameters) -> Result<ChangedBlocks> {
+    let Parameters { sr, key, key2, offset, length } = parameters;
+    let sr = sr.open(host)?;
+    let (from, to) = (key.key()?, key2.key()?);
+    let offset =
+        u64::try_from(offset).map_err(|_| Error::BadRequest(format!("the offset {offset} is impossible")))?;
+    let length = if length < 0 { u64::MAX } else { u64::try_from(length).unwrap_or(u64::MAX) };
+    sr.load(from)?;
+    let tree = sr.lock(host, to)?;
+    if !tree.tree.volumes.contains_key(&from) {
+        return Err(Error::UnrelatedVolumes { from: from.to_string(), to: to.to_string() });
+    }
+    for key in [from, to] {
+        if !tree.volume(key)?.cbt_enabled {
+            return Err(Error::ChangesNotTracked(key.to_string()));
+        }
+        flush(host, &tree, key)?;
+    }
+    let Bitmap(bitmap) = tree.changed_blocks(from, to, offset, length)?;
+    Ok(ChangedBlocks { granularity: BLOCK, bitmap })
+}
+
+/// Sees that what a guest has written to a volume is in its file.
+fn flush(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
+    let usage = Usage::of(host, tree, key)?;
+    usage.refuse_writer_elsewhere(key)?;
+    if usage == Usage::Here(Mode::ReadWrite)
+        && let Some(mut attachment) = Attachment::lock_existing(host, key)?
+    {
+        qemu::block_on(attachment.flush_live())?;
+    }
+    Ok(())
+}
