@@ -18,6 +18,7 @@ mod compose;
 mod copy;
 mod crowd;
 mod data;
+mod features;
 mod golden;
 mod import;
 mod invariant;
@@ -193,6 +194,7 @@ pub fn all_checks() -> Vec<Check> {
     let groups: &[(&'static str, Collect)] = &[
         ("golden", golden::checks),
         ("plugin", plugin::checks),
+        ("features", features::checks),
         ("sr", sr::checks),
         ("sr faults", sr_faults::checks),
         ("volume", volume::checks),

@@ -274,7 +274,7 @@ async fn health(b: Arc<Bench>) -> Result<()> {
 }
 
 async fn destroy_killed(b: Arc<Bench>) -> Result<()> {
-    for (number, milliseconds) in [1, 2, 3, 4, 5, 6, 8, 10, 14].into_iter().enumerate() {
+    for (number, milliseconds) in [1, 2, 3, 4, 6, 8, 12, 20, 40].into_iter().enumerate() {
         let other = b.new_sr(&format!("killed {number}")).await?;
         let kill = Fault::Kill(Duration::from_millis(milliseconds));
         b.host.runner().faults().nth_of("a", "SR.destroy", 0, kill);

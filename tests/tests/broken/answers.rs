@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::faults::{CREATE, Fault, UNKNOWN, fault};
-use crate::wrapper::{Answer, Call};
+use crate::wrapper::{Answer, Call, by_arguments};
 
 pub fn faults() -> Vec<Fault> {
     vec![
@@ -115,6 +115,24 @@ pub fn faults() -> Vec<Fault> {
             )
         },
         fault(
+            "a script is there that no feature tells of",
+            "features: Volume.revert is there only with the feature VDI_REVERT, without which nobody calls it",
+            "not advertised",
+            |call| edit_features(call, |features| features.retain(|feature| feature != "VDI_REVERT")),
+        ),
+        fault(
+            "a feature is one that nobody knows",
+            "features: every feature is one that xapi knows",
+            "VDI_TELEPORT",
+            |call| edit_features(call, |features| features.push(json!("VDI_TELEPORT"))),
+        ),
+        fault(
+            "arguments are not understood although VDI_ATTACH_OFFLINE is advertised",
+            "quicktest: static_vdis: an SR and a disk are attached by the command line, before xapi runs",
+            "SR_BACKEND_FAILURE_115",
+            |_: &Call| by_arguments().then(|| Answer::refusal("SR_BACKEND_FAILURE_115")),
+        ),
+        fault(
             "SRs stay in Plugin.ls when they are detached",
             "plugin: Plugin.ls lists the attached SRs, and no detached one",
             "detached",
@@ -131,4 +149,14 @@ pub fn faults() -> Vec<Fault> {
             },
         ),
     ]
+}
+
+/// Changes the features of the volume plugin.
+fn edit_features(call: &Call, change: fn(&mut Vec<Value>)) -> Option<Answer> {
+    let answer = call.is(&["Plugin.Query"]).then(|| call.answer())??;
+    answer.edit(|query| {
+        if let (true, Some(features)) = (query["plugin"] == "qcow2", query["features"].as_array_mut()) {
+            change(features);
+        }
+    })
 }

@@ -103,6 +103,12 @@ pub fn faults() -> Vec<Fault> {
             |call| call.is(&["Datapath.activate_readonly"]).then(|| call.other("Datapath.activate", &json!({})))?,
         ),
         fault(
+            "a disk that should forget does not",
+            "nonpersistent: what was written after open without persistent is gone after close",
+            "byte",
+            |call| call.is(&["Datapath.open"]).then(|| call.other("Datapath.open", &json!({"persistent": true})))?,
+        ),
+        fault(
             "a volume that is gone is attached all the same",
             "order: a volume that is gone refuses attach and activate, and not deactivate and detach",
             "not refused",

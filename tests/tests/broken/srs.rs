@@ -101,6 +101,36 @@ pub fn faults() -> Vec<Fault> {
             },
         ),
         fault(
+            "a directory above SRs is offered as a place",
+            "sr: SR.probe of a directory above SRs finds each, and offers it as no place",
+            "complete: true",
+            |call| {
+                let complete = |found: &mut Value| {
+                    found.as_array_mut().into_iter().flatten().for_each(|entry| entry["complete"] = json!(true));
+                };
+                call.is(&["SR.probe"]).then(|| call.answer()?.edit(complete))?
+            },
+        ),
+        fault(
+            "an SR that is gone is healthy",
+            "sr: SR.stat of an SR that is gone is Unavailable and says what to do",
+            "Healthy",
+            |call| edit_stat(call, |stat| stat["health"] = json!(["Healthy", ""])),
+        ),
+        fault(
+            "SR.destroy that was killed cannot be finished",
+            "sr: SR.destroy that was killed can be made again",
+            "SR_BACKEND_FAILURE_47",
+            |call| {
+                let sr = call.is(&["SR.destroy"]).then(|| call.text("sr"))?;
+                if call.noted(sr).is_some() {
+                    return Some(Answer::refusal("SR_BACKEND_FAILURE_47"));
+                }
+                call.note(sr, "");
+                None
+            },
+        ),
+        fault(
             "SR.set_name is forgotten",
             "sr: SR.set_name and SR.set_description are seen by SR.stat and survive a detachment",
             "SrStat",

@@ -260,6 +260,21 @@ pub fn faults() -> Vec<Fault> {
             |call| call.is(&["Volume.revert"]).then(|| Answer::of(&Value::Null)),
         ),
         fault(
+            "Volume.compose does nothing",
+            "compose: Volume.compose takes the parent from SR.ls, and destroying it then succeeds",
+            "",
+            |call| call.is(&["Volume.compose"]).then(|| Answer::of(&Value::Null)),
+        ),
+        fault(
+            "Volume.compose takes the parent without its data",
+            "compose: Volume.compose shows the parent's data where the child was never written",
+            "byte",
+            |call| {
+                let parent = call.is(&["Volume.compose"]).then(|| call.request["key2"].clone())?;
+                call.other("Volume.destroy", &json!({"key": parent}))
+            },
+        ),
+        fault(
             "a destroyed volume takes its snapshots with it",
             "data: destroying a volume does not change its snapshots and clones",
             "",

@@ -58,7 +58,9 @@ pub fn called_as(own: &Path) -> Result<Option<ExitCode>> {
     let Ok(settings) = std::fs::read(root.join(FILE)) else { return Ok(None) };
     let datapath = directory.parent().is_some_and(|kind| kind.ends_with("datapath"));
     let mut input = Vec::new();
-    std::io::stdin().read_to_end(&mut input)?;
+    if !by_arguments() {
+        std::io::stdin().read_to_end(&mut input)?;
+    }
     let call = Call {
         method: method.to_owned(),
         request: serde_json::from_slice(&input).unwrap_or_default(),
@@ -73,6 +75,11 @@ pub fn called_as(own: &Path) -> Result<Option<ExitCode>> {
     };
     std::io::stdout().write_all(&answer.text)?;
     Ok(Some(if answer.success { ExitCode::SUCCESS } else { ExitCode::FAILURE }))
+}
+
+/// Whether the request is in the arguments, as static-vdis gives it.
+pub fn by_arguments() -> bool {
+    std::env::args_os().nth(1).is_some_and(|first| first != "--json")
 }
 
 impl Call {
@@ -107,7 +114,8 @@ impl Call {
 
     fn run(&self, method: &str, input: &[u8]) -> Result<Answer> {
         let mut child = Command::new(self.settings.binaries.join(self.binary))
-            .args([method, "--json"])
+            .arg(method)
+            .args(std::env::args_os().skip(1))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
