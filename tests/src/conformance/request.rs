@@ -40,6 +40,7 @@ pub const METHODS: &[&str] = &[
     "Datapath.attach",
     "Datapath.activate",
     "Datapath.activate_readonly",
+    "Datapath.import_activate",
     "Datapath.deactivate",
     "Datapath.detach",
     "Datapath.close",
@@ -117,6 +118,10 @@ async fn about_a_volume(b: &Bench, method: &'static str) -> Result<Request> {
         "Datapath.activate" | "Datapath.activate_readonly" => {
             b.attach(&volume, "7").await?;
             Request::datapath(method, DBG, uri, "7")
+        }
+        "Datapath.import_activate" => {
+            b.plug(&volume, "MIR0a1b2c").await?;
+            Request::datapath(method, DBG, uri, "MIR0a1b2c")
         }
         "Datapath.deactivate" => {
             b.plug(&volume, "7").await?;
