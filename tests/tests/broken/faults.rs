@@ -32,6 +32,7 @@ pub fn all() -> Vec<Fault> {
     faults.extend(crate::srs::faults());
     faults.extend(crate::volumes::faults());
     faults.extend(crate::datapaths::faults());
+    faults.extend(crate::compose::faults());
     faults
 }
 

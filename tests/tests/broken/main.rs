@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod answers;
+mod compose;
 mod datapaths;
 mod faults;
 mod srs;
