@@ -35,10 +35,12 @@ suites:
 	fi
 	$(CARGO) test --workspace --doc
 
-sweep: dependencies-test ## Make every script call of a migration fail, and migrate 204 random trees (long)
+# A new seed each time: `make test` has tried the plans of seed 0.
+sweep: dependencies-test ## Make every single script call of a migration fail, and migrate 960 new random trees (long)
 	$(CARGO) build --workspace
-	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures -- --include-ignored
-	FAKE_XAPI_PLANS=17 $(CARGO) test --package fake-xapi --test migration
+	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures
+	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_PLANS=40 \
+		$(CARGO) test --package fake-xapi --test migration random
 
 dependencies-demo:
 	packaging/dependencies.sh demo

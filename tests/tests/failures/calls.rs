@@ -216,13 +216,11 @@ fn each_call_fails(flow: Flow, plan: &str, test: &str) {
 }
 
 #[test]
-#[ignore = "long: make sweep runs it"]
 fn each_call_fails_once_in_the_flow_leaf() {
     each_call_fails(Flow::Leaf, CHAIN, "each_call_fails_once_in_the_flow_leaf");
 }
 
 #[test]
-#[ignore = "long: make sweep runs it"]
 fn each_call_fails_once_in_the_flow_tree() {
     each_call_fails(Flow::Tree, BRANCHES, "each_call_fails_once_in_the_flow_tree");
 }
