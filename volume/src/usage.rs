@@ -76,6 +76,18 @@ pub fn release(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
     }
 }
 
+/// Sees that what a guest has written to a volume is in its file.
+pub fn flush(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
+    let usage = Usage::of(host, tree, key)?;
+    usage.refuse_writer_elsewhere(key)?;
+    if usage == Usage::Here(Mode::ReadWrite)
+        && let Some(mut attachment) = Attachment::lock_existing(host, key)?
+    {
+        qemu::block_on(attachment.flush_live())?;
+    }
+    Ok(())
+}
+
 /// Refuses a change of the node that a running mirror reads.
 pub fn refuse_mirrored(host: &Host, key: VolumeKey) -> Result<()> {
     if mirror::is_running(host, key)? {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::program::{self, Output};
 use super::{Image, chain_filename};
@@ -22,6 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long qemu-img may take for what reads all of an image's metadata.
 const LONG_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// How long qemu-img may take for what copies all of an image.
+const COPY_PATIENCE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// How images are made: qcow2 version 3, and nothing that another reader of the chain might not know.
 const CREATE_OPTIONS: &str = "compat=1.1,lazy_refcounts=off,preallocation=off";
@@ -219,6 +223,24 @@ pub fn rebase(path: &Path, backing_name: &str, lock: Option<&FileLock>) -> Resul
     let mut command = qemu_img("rebase")?;
     command.args(["-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing_name, "--"]).arg(path);
     finish(&mut command, lock, "qemu-img rebase", path, PATIENCE)?;
+    sync(path)
+}
+
+/// Copies all that an NBD server exports at a Unix socket into an image that is there, empty and as large; zeroes and
+/// what the server says is unallocated are left out. Durable when it returns. The lock is held as in [`create`].
+///
+/// # Errors
+///
+/// When the export cannot be read; [`Error::NoSpace`]; else what qemu-img says.
+pub fn copy_export(socket: &Path, export: &str, path: &Path, lock: Option<&FileLock>) -> Result<()> {
+    let Some(socket) = socket.to_str() else {
+        return Err(Error::BadRequest(format!("the path {} is not UTF-8", socket.display())));
+    };
+    let server = json!({"type": "unix", "path": socket});
+    let source = json!({"driver": "raw", "file": {"driver": "nbd", "server": server, "export": export}});
+    let mut command = qemu_img("convert")?;
+    command.args(["-q", "-n", "--target-is-zero", "-O", "qcow2", "--"]).arg(format!("json:{source}")).arg(path);
+    finish(&mut command, lock, "qemu-img convert to", path, COPY_PATIENCE)?;
     sync(path)
 }
 

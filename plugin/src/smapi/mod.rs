@@ -32,8 +32,8 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::Shortened;
 pub use types::{
-    Backend, ChangedBlocks, Configuration, DataStatus, Health, Keys, Operation, ProbeResult, QueryResult, SrStat,
-    VolumeRecord, VolumeType, XenDisk, not_null,
+    Backend, BlockList, ChangedBlocks, Configuration, DataStatus, Health, Keys, Operation, ProbeResult, QueryResult,
+    SrStat, VolumeRecord, VolumeType, XenDisk, not_null,
 };
 
 /// The variable that chooses what is logged to standard error, in tracing's filter syntax (default: warnings).

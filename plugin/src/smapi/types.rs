@@ -66,6 +66,15 @@ pub struct ChangedBlocks {
     pub bitmap: Vec<u8>,
 }
 
+/// Ranges of blocks, as Volume.compare gives them.
+#[derive(Clone, Debug, Serialize)]
+pub struct BlockList {
+    /// The size of a block in bytes.
+    pub blocksize: u64,
+    /// The ranges, each its first block and the number of blocks.
+    pub ranges: Vec<(u64, u64)>,
+}
+
 /// Writes bytes as base64 (RFC 4648, section 4).
 fn base64<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";

@@ -116,6 +116,28 @@ impl LoadedTree {
         Ok(bitmap)
     }
 
+    /// Tells which blocks of a volume may hold anything but zeroes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::changed_blocks`].
+    pub fn written_blocks(&self, key: VolumeKey) -> Result<Bitmap> {
+        let node = self.volume(key)?.node;
+        let lineage = self.tree.lineage(node);
+        let layers = lineage.iter().map(|node| self.layer(*node)).collect::<Result<Vec<_>>>()?;
+        let end = self.tree.virtual_size(node)?.div_ceil(BLOCK);
+        let mut bitmap = Bitmap(vec![0; usize::try_from(end.div_ceil(8)).unwrap_or(usize::MAX)]);
+        let mut first = 0;
+        while first < end {
+            let mut states = vec![State::Unset; usize::try_from(WINDOW.min(end - first)).unwrap_or(usize::MAX)];
+            fill(&layers, first, &mut states)?;
+            let data = states.iter().zip(first..end).filter(|(state, _)| **state == State::Data);
+            data.for_each(|(_, block)| bitmap.set(block));
+            first += states.len() as u64;
+        }
+        Ok(bitmap)
+    }
+
     /// Opens what tells of a node's changes.
     fn layer(&self, node: NodeId) -> Result<Layer> {
         if let Some(past) = self.tree.history.get(&node) {

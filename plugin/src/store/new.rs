@@ -1,17 +1,20 @@
 //! A tree that is being made: invisible until the rename that commits it.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
 
 use super::garbage;
-use super::locked::{self, LoadedTree, node_path};
+use super::locked::{self, LoadedTree, file_name, node_path};
 use super::sr::{NEW, OLD, Sr, make_directory};
 use super::tree::Tree;
 use crate::error::{Error, Result};
-use crate::id::{TreeId, VolumeKey};
+use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
-use crate::qemu::img;
+use crate::qemu::{Image, img};
 use crate::record;
 
 /// A tree's directory `trees/.new-<tree>`, with its lock held; removed again unless it is committed.
@@ -57,13 +60,52 @@ impl<'sr> NewTree<'sr> {
     /// # Errors
     ///
     /// When a step fails; nothing is left of it then.
-    pub fn commit(mut self, tree: Tree) -> Result<LoadedTree> {
-        let Some(made) = self.directory.clone() else {
-            return Err(Error::Internal("a tree was committed twice".to_owned()));
-        };
-        for (id, node) in &tree.nodes {
-            img::create(&node_path(&made, *id), node.virtual_size, Some(&self.lock))?;
+    pub fn commit(self, tree: Tree) -> Result<LoadedTree> {
+        let size = tree.nodes.values().next().map_or(0, |node| node.virtual_size);
+        self.commit_filled(tree, |path, lock| img::create(path, size, Some(lock)))
+    }
+
+    /// Puts the tree in place as [`Self::commit`] does; `make` makes the file of its one node, durably.
+    ///
+    /// # Errors
+    ///
+    /// When a step fails; nothing is left of it then.
+    pub fn commit_filled(self, tree: Tree, make: impl Fn(&Path, &FileLock) -> Result<()>) -> Result<LoadedTree> {
+        let made = self.directory()?;
+        for id in tree.nodes.keys() {
+            make(&node_path(&made, *id), &self.lock)?;
         }
+        self.put_in_place(made, tree)
+    }
+
+    /// Puts a tree in place whose one volume is a copy of a chain, given with the new nodes in its order; the new files
+    /// share the blocks of the old ones. False, and nothing is left, where the file system cannot do that.
+    ///
+    /// The caller sees to it that nobody writes to the chain.
+    ///
+    /// # Errors
+    ///
+    /// When a step fails; nothing is left of it then.
+    pub fn commit_shared(self, tree: Tree, images: &[Image], nodes: &[NodeId]) -> Result<bool> {
+        let made = self.directory()?;
+        for (image, id) in images.iter().zip(nodes) {
+            if !share(&image.path, &node_path(&made, *id))? {
+                return Ok(false);
+            }
+        }
+        for (id, node) in &tree.nodes {
+            if let Some(parent) = node.parent {
+                img::rebase(&node_path(&made, *id), &file_name(parent), Some(&self.lock))?;
+            }
+        }
+        self.put_in_place(made, tree).map(|_| true)
+    }
+
+    fn directory(&self) -> Result<PathBuf> {
+        self.directory.clone().ok_or_else(|| Error::Internal("a tree was committed twice".to_owned()))
+    }
+
+    fn put_in_place(mut self, made: PathBuf, tree: Tree) -> Result<LoadedTree> {
         locked::write_first(&made, &tree)?;
         for key in tree.volumes.keys() {
             self.linked.push(*key);
@@ -76,6 +118,19 @@ impl<'sr> NewTree<'sr> {
         // It is committed: nothing is to be undone.
         self.directory = None;
         Ok(LoadedTree { id: self.id, directory, tree })
+    }
+}
+
+/// Makes a file that shares all blocks of another, durably; false where the file system cannot.
+fn share(from: &Path, to: &Path) -> Result<bool> {
+    let source = File::open(from).map_err(Error::on("opening", from))?;
+    let mut options = OpenOptions::new();
+    let target = options.write(true).create_new(true).mode(0o600).open(to).map_err(Error::on("creating", to))?;
+    match rustix::fs::ioctl_ficlone(&target, &source) {
+        // Another file system, one without the call, and one that cannot share these blocks.
+        Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::NOSYS) => Ok(false),
+        Err(error) => Err(Error::on("sharing the blocks of", from)(error)),
+        Ok(()) => target.sync_all().map(|()| true).map_err(Error::on("syncing", to)),
     }
 }
 

@@ -93,6 +93,35 @@ pub fn overlay(tree: &Tree, volume: VolumeKey, overlay: NodeId, virtual_size: Op
     })
 }
 
+/// Makes the record of a volume's copy on a node of another tree.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`], [`Error::DataDestroyed`].
+pub fn copy(tree: &Tree, key: VolumeKey, node: NodeId) -> Result<Volume> {
+    Ok(Volume { cbt_enabled: false, ..copy_of(tree.volume_with_data(key)?, node) })
+}
+
+/// Plans the copy of a volume with its whole chain: a tree of new nodes, and these in the order of the chain.
+///
+/// # Errors
+///
+/// As [`copy`].
+pub fn copied_chain(tree: &Tree, key: VolumeKey, copied: VolumeKey) -> Result<(Tree, Vec<NodeId>)> {
+    let chain = tree.chain(tree.volume_with_data(key)?.node);
+    let new: Vec<NodeId> = chain.iter().map(|_| NodeId::random()).collect();
+    let Some(top) = new.first() else {
+        return Err(Error::Internal(format!("volume {key} has no node")));
+    };
+    let mut after = Tree::of_one(copied, copy(tree, key, *top)?, tree.virtual_size(chain[0])?);
+    after.nodes.clear();
+    for (at, old) in chain.iter().enumerate() {
+        let virtual_size = tree.node(*old)?.virtual_size;
+        after.nodes.insert(new[at], Node { parent: new.get(at + 1).copied(), virtual_size });
+    }
+    Ok((after, new))
+}
+
 /// Makes a copied volume's record: nobody uses it yet, and xapi's keys are not its.
 fn copy_of(original: &Volume, node: NodeId) -> Volume {
     let keys: Keys =

@@ -1,16 +1,13 @@
 //! Volume.list_changed_blocks: tells which blocks differ between two volumes of one disk.
 
-use plugin::attachment::Attachment;
 use plugin::error::{Error, Result};
 use plugin::host::Host;
-use plugin::id::VolumeKey;
-use plugin::qemu;
 use plugin::smapi::ChangedBlocks;
-use plugin::store::{BLOCK, Bitmap, LockedTree, Mode};
+use plugin::store::{BLOCK, Bitmap};
 use serde::Deserialize;
 
 use crate::request::{SrName, VolumeName};
-use crate::usage::Usage;
+use crate::usage;
 
 /// The volume that is compared with, `key`, the one that is compared, `key2`, and the extent in bytes; a negative length
 /// reaches to the end.
@@ -46,20 +43,8 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<ChangedBlocks> {
         if !tree.volume(key)?.cbt_enabled {
             return Err(Error::ChangesNotTracked(key.to_string()));
         }
-        flush(host, &tree, key)?;
+        usage::flush(host, &tree, key)?;
     }
     let Bitmap(bitmap) = tree.changed_blocks(from, to, offset, length)?;
     Ok(ChangedBlocks { granularity: BLOCK, bitmap })
-}
-
-/// Sees that what a guest has written to a volume is in its file.
-fn flush(host: &Host, tree: &LockedTree, key: VolumeKey) -> Result<()> {
-    let usage = Usage::of(host, tree, key)?;
-    usage.refuse_writer_elsewhere(key)?;
-    if usage == Usage::Here(Mode::ReadWrite)
-        && let Some(mut attachment) = Attachment::lock_existing(host, key)?
-    {
-        qemu::block_on(attachment.flush_live())?;
-    }
-    Ok(())
 }

@@ -1,7 +1,9 @@
 //! Volume.*: the disks of guests and their snapshots.
 
 pub mod clone;
+pub mod compare;
 pub mod compose;
+pub mod copy;
 pub mod create;
 pub mod data_destroy;
 pub mod destroy;
@@ -13,6 +15,7 @@ pub mod revert;
 pub mod set;
 pub mod set_description;
 pub mod set_name;
+pub mod similar_content;
 pub mod snapshot;
 pub mod stat;
 pub mod unset;
