@@ -32,7 +32,7 @@ as_root() {
 case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
-    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs nbdcopy nbdinfo strace flock' ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs nbdcopy nbdinfo strace flock python3' ;;
     *) die "usage: $0 [run|demo|test]" ;;
 esac
 
@@ -52,6 +52,7 @@ debian_package() {
         nbdcopy | nbdinfo) echo libnbd-bin ;;
         strace) echo strace ;;
         flock) echo util-linux ;;
+        python3) echo python3 ;;
         qemu-storage-daemon)
             # qemu-utils has it since QEMU 8.2 (Debian 13, the backport for Debian 12), qemu-system-common before.
             version=$(apt-cache policy qemu-utils | sed -n 's/^ *Candidate: *//p')
@@ -103,7 +104,7 @@ if [ -n "$lacking" ]; then
     hash -r
     lacking=$(missing)
     [ -z "$lacking" ] || die "still missing: $lacking- install them by hand (QEMU $qemu_major.$qemu_minor or newer," \
-        "e2fsprogs, libnbd's tools) and run this again"
+        "e2fsprogs, libnbd's tools, strace, python3) and run this again"
 fi
 
 for program in qemu-img qemu-storage-daemon; do
