@@ -122,6 +122,23 @@ impl Allocation {
         Ok(())
     }
 
+    /// Tells whether the file has nothing of its own: neither data nor zeroes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn is_empty(&self) -> Result<bool> {
+        let length = 1_u64 << self.cluster_bits;
+        for offset in self.l1.iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0) {
+            let table = read_at(&self.file, &self.path, offset, length)?;
+            let entry = usize::try_from(self.entry).unwrap_or(usize::MAX);
+            if table.chunks(entry).any(|bytes| self.state(bytes) != State::Unset) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Judges an entry of a second-level table.
     fn state(&self, bytes: &[u8]) -> State {
         let [entry, subclusters]: [u64; 2] = words(bytes);
@@ -192,6 +209,7 @@ mod tests {
         let allocation = Allocation::open(&Image { node: NodeId::random(), path, virtual_size }).unwrap();
         let mut states = vec![State::Unset; usize::try_from(virtual_size.div_ceil(BLOCK)).unwrap()];
         allocation.fill(0, &mut states).unwrap();
+        assert_eq!(allocation.is_empty().unwrap(), states.iter().all(|state| *state == State::Unset), "{commands:?}");
         // In parts it is the same.
         for (first, state) in (0..).zip(&states) {
             let mut one = [State::Unset];
@@ -222,6 +240,14 @@ mod tests {
             for unset in [2, 6, 10, 62, 66, 78] {
                 assert_eq!(at(unset), [State::Unset; 32], "{options} {unset}");
             }
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_only_read_is_empty() {
+        for options in ["cluster_size=64k", "cluster_size=16k,extended_l2=on"] {
+            assert_eq!(written(options, 2 * BLOCK, &["read 0 64k"]), [State::Unset; 2], "{options}");
+            assert_eq!(written(options, 2 * BLOCK, &["write -z 64k 64k"]), [State::Unset, State::Zero], "{options}");
         }
     }
 

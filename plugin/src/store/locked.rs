@@ -5,6 +5,7 @@ use std::fs;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
+use super::allocation::Allocation;
 use super::header::Header;
 use super::sr::{OLD, Sr};
 use super::tree::{Change, Tree, Volume};
@@ -207,7 +208,7 @@ impl LockedTree {
         // From the root, which is the first to have been written.
         for node in self.tree.chain(node).into_iter().rev() {
             // One that is not there yet is made by the same change.
-            if !self.tree.nodes.contains_key(&node) || !img::is_empty(&self.image(node)?)? {
+            if !self.tree.nodes.contains_key(&node) || !Allocation::open(&self.checked_image(node)?)?.is_empty()? {
                 return Ok(false);
             }
         }

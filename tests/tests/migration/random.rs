@@ -12,8 +12,9 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 use crate::strategy::plans;
 use crate::{migrate_in, wrong};
 
-/// Plans a lane; three flows have four shards of two lanes each, which makes 216 plans.
-const PLANS: u32 = 9;
+/// Plans a lane; three flows have four shards of two lanes each, which makes 48 plans. `make sweep` tries 216, of which
+/// these are the first.
+const PLANS: u32 = 2;
 
 /// Lanes of a shard, which run at once: a migration waits as long as it computes.
 const LANES: u8 = 2;
