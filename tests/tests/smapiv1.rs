@@ -1,6 +1,10 @@
 //! Disks that come from an SMAPIv1 SR, under a writing guest, and with everything failing that can.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test talks to people")]
+
+#[path = "failures/small.rs"]
+mod small;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,9 +16,10 @@ use fake_xapi::host::{WireFault, WireHarm, WireMoment};
 use fake_xapi::nbd::Client;
 use fake_xapi::scenario::Stage;
 use fake_xapi::script::Fault;
-use fake_xapi::smapiv2::{Dp, Vm, nbd_server};
+use fake_xapi::smapiv2::{Dp, Sr, Vm, nbd_server};
 use fake_xapi::sxm::v1::{Disk, Import, Receiving, Writer};
 use rustix::process::{Pid, Signal, kill_process};
+use small::Small;
 
 const SIZE: u64 = 4 << 20;
 const DBG: &str = "OpaqueRef:test";
@@ -34,6 +39,18 @@ impl World {
         let stage = Stage::build(binaries, false, directory.path()).await?;
         let disk = Disk::create(&directory.path().join("disk.raw"), SIZE)?;
         Ok(Self { stage, disk, directory })
+    }
+
+    /// Makes the destination an SR in another directory.
+    async fn move_to(&mut self, path: &Path) -> Result<()> {
+        let sr = Sr("11111111-2222-4333-8444-555555555555".to_owned());
+        let config = [("uri".to_owned(), format!("file://{}", path.display()))];
+        let destination = &self.stage.destination;
+        let config = destination.sr_create(DBG, "qcow2", &sr, &config, "small", "").await?;
+        destination.sr_attach(DBG, "qcow2", &sr, &config).await?;
+        self.stage.destination_sr = sr;
+        self.stage.destination_path = path.to_owned();
+        Ok(())
     }
 
     async fn migrate(&self, guest: &mut Option<Writer>) -> fake_xapi::smapiv2::Result<Receiving> {
@@ -194,13 +211,37 @@ async fn a_call_that_is_made_twice_does_no_harm() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_whose_connection_is_cut_leaves_nothing_and_can_be_made_again() {
-    for at in [WireMoment::Handshake, WireMoment::Bytes(256 << 10)] {
-        let world = World::build().await.unwrap();
-        let fault = WireFault { at, how: WireHarm::Cut };
-        world.stage.source.wires().order(move |_| Some(fault));
-        let done = world.fails_and_then_goes_well(&mut world.guest()).await;
-        done.with_context(|| format!("{at:?}")).unwrap();
+async fn a_copy_whose_connection_is_cut_or_stalled_leaves_nothing_and_can_be_made_again() {
+    for how in [WireHarm::Cut, WireHarm::Stall] {
+        for at in [WireMoment::Handshake, WireMoment::Bytes(256 << 10)] {
+            let world = World::build().await.unwrap();
+            let fault = WireFault { at, how };
+            world.stage.source.wires().order(move |_| Some(fault));
+            let done = world.fails_and_then_goes_well(&mut world.guest()).await;
+            done.with_context(|| format!("{how:?} {at:?}")).unwrap();
+            world.stage.close().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destination_without_space_is_left_clean_and_the_migration_can_be_made_again() {
+    if !Small::can_be_mounted() {
+        return;
+    }
+    // Nothing fits; the volumes do, and not their data; half of the data does.
+    for room in [16 << 10, 1200 << 10, 3 << 20] {
+        let small = Small::mount().unwrap();
+        let mut world = World::build().await.unwrap();
+        world.move_to(&small.path()).await.unwrap();
+        small.leave(room).unwrap();
+        let mut guest = world.guest();
+        let failed = world.migrate(&mut guest).await;
+        assert!(failed.is_err(), "it went well with {room} bytes");
+        world.import().sweep().await.unwrap();
+        world.nothing_there().await.unwrap();
+        small.make_room().unwrap();
+        world.again(&mut guest).await.with_context(|| format!("{room} bytes")).unwrap();
         world.stage.close().await;
     }
 }

@@ -191,6 +191,27 @@ proptest! {
     }
 }
 
+#[test]
+fn zeroes_over_a_part_of_a_blank_block_change_nothing() {
+    let bench = Bench::new();
+    let volume = bench.create(4 * MIB);
+    enable(&bench, &volume);
+    let first = bench.snapshot(&volume);
+    let zeroed = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -z 61440 196608", "-c", "write -P 1 512k 512"])
+        .arg(bench.node_file(&volume))
+        .status();
+    assert!(zeroed.unwrap().success());
+    assert_eq!(changed(&bench, &first, &volume, 0, -1), [8]);
+    let second = bench.snapshot(&volume);
+    // Also by what is written down of a file that goes.
+    destroy_data(&bench, &volume);
+    destroy_data(&bench, &second);
+    for (from, to) in [(&first, &second), (&second, &first), (&first, &volume)] {
+        assert_eq!(changed(&bench, from, to, 0, -1), [8]);
+    }
+}
+
 /// Makes a disk with a snapshot before its second block was written and one after.
 fn two_snapshots(bench: &Bench) -> (String, String, String) {
     let volume = bench.create(4 * MIB);

@@ -23,8 +23,36 @@ pub enum State {
     Unset,
     /// Zeroes, known without reading them.
     Zero,
+    /// Zeroes in a part of it, and nothing in the rest: it reads as zeroes where what lies below does.
+    PartZero,
     /// Data.
     Data,
+}
+
+impl State {
+    /// Gives what a reader finds of a block that looks so from above, when the next layer has `own` of it.
+    pub fn over(self, own: Self) -> Self {
+        match (self, own) {
+            (Self::Unset, own) => own,
+            (Self::PartZero, Self::Unset) => Self::PartZero,
+            (Self::PartZero, own) => own,
+            (found, _) => found,
+        }
+    }
+
+    /// Tells whether what lies below does not matter.
+    pub fn is_known(self) -> bool {
+        matches!(self, Self::Zero | Self::Data)
+    }
+
+    /// Gives what a block has of which one part is so and another so.
+    fn beside(self, other: Self) -> Self {
+        match (self, other) {
+            (one, other) if one == other => one,
+            (Self::Data, _) | (_, Self::Data) => Self::Data,
+            _ => Self::PartZero,
+        }
+    }
 }
 
 /// The largest first-level table that QEMU opens, in entries.
@@ -79,7 +107,7 @@ impl Allocation {
         Ok(Self { file, path: path.clone(), virtual_size: image.virtual_size, cluster_bits, entry, l1 })
     }
 
-    /// Tells what the file has of the blocks from `first` on, where the states given are still unset.
+    /// Tells what the file has of the blocks from `first` on, below what the states given say ([`State::over`]).
     ///
     /// # Errors
     ///
@@ -108,16 +136,14 @@ impl Allocation {
                 for block in blocks.filter(|block| *block >= first) {
                     let slot = usize::try_from(block - first).ok().and_then(|at| own.get_mut(at));
                     if let Some(slot) = slot {
-                        *slot = Some(slot.map_or(state, |other| if other == state { state } else { State::Data }));
+                        *slot = Some(slot.map_or(state, |other| other.beside(state)));
                     }
                 }
             }
             next = until;
         }
         for (state, own) in states.iter_mut().zip(own) {
-            if *state == State::Unset {
-                *state = own.unwrap_or(State::Unset);
-            }
+            *state = state.over(own.unwrap_or(State::Unset));
         }
         Ok(())
     }
@@ -148,7 +174,9 @@ impl Allocation {
         if self.entry == 16 {
             return match subclusters {
                 0 => State::Unset,
+                // The lower half says where data is, the upper one where zeroes are.
                 all_zero if all_zero == u64::from(u32::MAX) << 32 => State::Zero,
+                zeroes if zeroes & u64::from(u32::MAX) == 0 => State::PartZero,
                 _ => State::Data,
             };
         }
@@ -241,6 +269,15 @@ mod tests {
                 assert_eq!(at(unset), [State::Unset; 32], "{options} {unset}");
             }
         }
+    }
+
+    #[test]
+    fn zeroes_in_a_part_of_a_block_are_not_taken_for_data() {
+        let options = "cluster_size=16k,extended_l2=on";
+        let commands = ["write -z 61440 196608", "write -z 262144 512", "write 393216 512", "write -z 409600 16k"];
+        let states = written(options, 8 * BLOCK, &commands);
+        use State::{Data, PartZero, Unset, Zero};
+        assert_eq!(states, [PartZero, Zero, Zero, PartZero, PartZero, Unset, Data, Unset]);
     }
 
     #[test]

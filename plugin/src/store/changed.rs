@@ -32,7 +32,7 @@ const WINDOW: u64 = BLOCK / 8;
 
 /// The record of what a node had of its own above its parent, `<node>.changed.json`.
 ///
-/// Format 1 is an object of these four fields. A range is its first block and the number of blocks; ranges are in
+/// Format 1 is an object of these fields, of which the last may be absent. A range is its first block and the number of blocks; ranges are in
 /// order and apart from each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,6 +44,9 @@ pub(super) struct Changed {
     data: Vec<(u64, u64)>,
     /// Where it was known to read zeroes.
     zero: Vec<(u64, u64)>,
+    /// Where a part of the block was known to, and the rest was as below.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    part_zero: Vec<(u64, u64)>,
 }
 
 impl Record for Changed {
@@ -169,7 +172,8 @@ impl LoadedTree {
     /// When its tables cannot be read or the record cannot be written.
     pub(super) fn record_changes(&self, node: NodeId) -> Result<()> {
         let layer = self.layer(node)?;
-        let mut changed = Changed { format: Changed::FORMAT, block: BLOCK, data: Vec::new(), zero: Vec::new() };
+        let (data, zero, part_zero) = (Vec::new(), Vec::new(), Vec::new());
+        let mut changed = Changed { format: Changed::FORMAT, block: BLOCK, data, zero, part_zero };
         let end = layer.virtual_size.div_ceil(BLOCK);
         let mut first = 0;
         while first < end {
@@ -179,6 +183,7 @@ impl LoadedTree {
                 match state {
                     State::Unset => {}
                     State::Zero => append(&mut changed.zero, block),
+                    State::PartZero => append(&mut changed.part_zero, block),
                     State::Data => append(&mut changed.data, block),
                 }
             }
@@ -195,8 +200,8 @@ fn fill(layers: &[Layer], first: u64, states: &mut [State]) -> Result<()> {
         // Beyond the end of a layer are zeroes, whatever is below it.
         let beyond = layer.virtual_size.div_ceil(BLOCK).saturating_sub(first);
         let beyond = usize::try_from(beyond).unwrap_or(usize::MAX).min(states.len());
-        states[beyond..].iter_mut().filter(|state| **state == State::Unset).for_each(|state| *state = State::Zero);
-        if !states.contains(&State::Unset) {
+        states[beyond..].iter_mut().for_each(|state| *state = state.over(State::Zero));
+        if states.iter().all(|state| state.is_known()) {
             break;
         }
     }
@@ -217,7 +222,8 @@ impl Layer {
 
 impl Changed {
     fn fill(&self, first: u64, states: &mut [State]) {
-        for (ranges, state) in [(&self.data, State::Data), (&self.zero, State::Zero)] {
+        let lists = [(&self.data, State::Data), (&self.zero, State::Zero), (&self.part_zero, State::PartZero)];
+        for (ranges, state) in lists {
             let reaches = ranges.partition_point(|(start, count)| start + count <= first);
             for (start, count) in &ranges[reaches..] {
                 let within = |block: u64| usize::try_from(block.saturating_sub(first)).unwrap_or(usize::MAX);
@@ -225,8 +231,7 @@ impl Changed {
                 if from >= until {
                     break;
                 }
-                let unset = states[from..until].iter_mut().filter(|found| **found == State::Unset);
-                unset.for_each(|found| *found = state);
+                states[from..until].iter_mut().for_each(|found| *found = found.over(state));
             }
         }
     }
@@ -235,7 +240,7 @@ impl Changed {
         if self.block != BLOCK {
             return Err(format!("it is of blocks of {} bytes", self.block));
         }
-        for ranges in [&self.data, &self.zero] {
+        for ranges in [&self.data, &self.zero, &self.part_zero] {
             let mut end = 0;
             for (start, count) in ranges {
                 if *start < end || *count == 0 {

@@ -2,6 +2,7 @@
 //! blank volume, with no regard to what it is based on.
 
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::process::Command;
@@ -10,7 +11,7 @@ use super::engine::Ctx;
 use super::leaf::new_dp;
 use super::observe::Event;
 use super::order::Conf;
-use crate::host::ImportPath;
+use crate::host::{Host, ImportPath};
 use crate::nbd::{Client, Uri};
 use crate::smapiv2::{Dp, Error, Result, Sr, Vdi, VdiInfo, Vm, nbd_server};
 
@@ -51,7 +52,16 @@ pub(super) async fn copy_into_sr(ctx: &Ctx<'_>, conf: &Conf) -> Result<VdiInfo> 
         };
         let copied = async {
             let leaf = Disk::open(ctx, &conf.sr, &conf.vdi, &leaf_dp, vm).await?;
-            let copied = sparse_dd(ctx, conf, &leaf.uri, &export, path).await;
+            let copying = Copying {
+                source,
+                destination: host,
+                vm,
+                vdi: conf.vdi.clone(),
+                from: format!("nbd+unix:///{}?socket={}", leaf.uri.export(), leaf.uri.socket().display()),
+                export: &export,
+                path,
+            };
+            let copied = sparse_dd(copying, || ctx.cancel.check().is_err()).await;
             leaf.close(ctx).await.and(copied)
         }
         .await;
@@ -122,23 +132,37 @@ impl<'a> Disk<'a> {
     }
 }
 
+/// What sparse_dd is told.
+pub(super) struct Copying<'a> {
+    pub(super) source: &'a Arc<Host>,
+    pub(super) destination: &'a Arc<Host>,
+    /// The domain of the copy, which names the source's proxy.
+    pub(super) vm: &'a Vm,
+    pub(super) vdi: Vdi,
+    /// What nbdcopy reads.
+    pub(super) from: String,
+    /// What it writes to, through the proxies.
+    pub(super) export: &'a str,
+    pub(super) path: ImportPath,
+}
+
 /// What sparse_dd does, by libnbd's nbdcopy: one connection through the proxy, a destination known to be blank.
-async fn sparse_dd(ctx: &Ctx<'_>, conf: &Conf, from: &Uri, export: &str, path: ImportPath) -> Result<()> {
+pub(super) async fn sparse_dd(copying: Copying<'_>, cancelled: impl Fn() -> bool) -> Result<()> {
+    let Copying { source, destination, vm, vdi, from, export, path } = copying;
     let internal = |e: &dyn std::fmt::Display| Error::Internal(format!("sparse_dd: {e}"));
-    let listener = ctx.source.bind_export(&conf.copy_vm).map_err(|e| internal(&format!("{e:#}")))?;
-    ctx.source.run_export(listener, conf.vdi.clone(), &ctx.destination, path);
-    let socket = ctx.source.export_socket(&conf.copy_vm);
+    let listener = source.bind_export(vm).map_err(|e| internal(&format!("{e:#}")))?;
+    source.run_export(listener, vdi, destination, path);
     let mut child = Command::new("nbdcopy")
         .args(["--connections=1", "--requests=16", "--flush", "--destination-is-zero"])
-        .arg(format!("nbd+unix:///{}?socket={}", from.export(), from.socket().display()))
-        .arg(format!("nbd+unix:///{export}?socket={}", socket.display()))
+        .arg(from)
+        .arg(format!("nbd+unix:///{export}?socket={}", source.export_socket(vm).display()))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
         .map_err(|e| internal(&e))?;
-    let sent = || ctx.source.wires().all().iter().map(|wire| wire.to_destination()).sum::<u64>();
+    let sent = || source.wires().all().iter().map(|wire| wire.to_destination()).sum::<u64>();
     let (mut last, mut moved) = (sent(), Instant::now());
     loop {
         tokio::select! {
@@ -154,7 +178,7 @@ async fn sparse_dd(ctx: &Ctx<'_>, conf: &Conf, from: &Uri, export: &str, path: I
                 return Err(internal(&format!("{status}: {}", said.trim())));
             }
             () = tokio::time::sleep(Duration::from_millis(100)) => {
-                if ctx.cancel.check().is_err() {
+                if cancelled() {
                     let _ = child.kill().await;
                     return Err(Error::Cancelled);
                 }

@@ -9,6 +9,7 @@
 mod calls;
 mod processes;
 mod promises;
+mod small;
 mod space;
 mod sweep;
 mod wires;

@@ -1,76 +1,17 @@
 //! The destination's file system runs out of space: at once, in a snapshot's mirror, in the disk's mirror.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use fake_xapi::smapiv2::Sr;
 use fake_xapi::sxm::Flow;
-use tempfile::TempDir;
 
+use crate::small::Small;
 use crate::sweep::sweep;
 use crate::world::{CHAIN, FLOWS, World, told};
 
 const KIB: u64 = 1 << 10;
-
-/// A small file system in a file, mounted until it is dropped.
-struct Small {
-    directory: TempDir,
-}
-
-impl Small {
-    /// Makes and mounts it.
-    fn mount() -> Result<Self> {
-        let small = Self { directory: tempfile::Builder::new().prefix("fx-small-").tempdir_in("/tmp")? };
-        let image = small.directory.path().join("image");
-        std::fs::File::create(&image)?.set_len(24 << 20)?;
-        // Without a journal and reserved blocks, what df calls free can be written.
-        let arguments = ["-q", "-F", "-m", "0", "-b", "1024", "-O", "^has_journal"];
-        run(Command::new("mkfs.ext4").args(arguments).arg(&image))?;
-        std::fs::create_dir(small.path())?;
-        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(small.path()))?;
-        Ok(small)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.directory.path().join("mounted")
-    }
-
-    /// Takes all space but so much.
-    fn leave(&self, bytes: u64) -> Result<()> {
-        let free = rustix::fs::statvfs(self.path())?;
-        let length = (free.f_bavail * free.f_frsize).saturating_sub(bytes);
-        let file = std::fs::File::create(self.ballast())?;
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
-        Ok(())
-    }
-
-    fn make_room(&self) -> Result<()> {
-        Ok(std::fs::remove_file(self.ballast())?)
-    }
-
-    fn ballast(&self) -> PathBuf {
-        self.path().join("ballast")
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let path = self.path();
-        let unmounted = run(Command::new("umount").arg(&path));
-        // What a failed test left running keeps it busy for a moment.
-        if let Err(error) = unmounted.or_else(|_| run(Command::new("umount").arg("-l").arg(&path))) {
-            eprintln!("{error:#}");
-        }
-    }
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(())
-}
 
 #[derive(Debug, Clone, Copy)]
 struct Case {
@@ -123,12 +64,7 @@ impl Case {
 
 #[test]
 fn a_destination_without_space_fails_the_migration_and_is_clean_after_it() {
-    if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can mount a small file system");
-        return;
-    }
-    if let Err(error) = Small::mount() {
-        println!("skipped: a small file system cannot be mounted here: {error:#}");
+    if !Small::can_be_mounted() {
         return;
     }
     // Nothing fits; a snapshot does not; the snapshot of 1 MiB does, and the disk on it does not.

@@ -11,15 +11,12 @@
 mod disk;
 
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::process::Command;
 
 pub use disk::{Disk, Writer};
 
 use super::cleanup;
+use super::copy::{Copying, sparse_dd};
 use super::leaf::new_dp;
 use crate::db::Xapi;
 use crate::host::{Host, ImportPath};
@@ -30,9 +27,6 @@ const DBG: &str = "OpaqueRef:smapiv1";
 /// The domains at the destination, of the mirror and of the copy.
 const MIRROR: &str = "MIR1b2c3d";
 const COPY: &str = "CP1b2c3d";
-
-/// How long the copy may take in all; sparse_dd itself would wait for ever.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How many writes of the guest the mirror is to carry before the copy begins, and after it.
 const WRITES: u64 = 60;
@@ -149,31 +143,22 @@ impl Import<'_> {
             let export = export.ok_or_else(|| Error::Internal("no NBD server at the destination".to_owned()))?;
             host.vdi_activate3(DBG, &dp, sr, parent, &vm).await?;
             let path = ImportPath { vm: vm.clone(), sr: sr.clone(), vdi: parent.clone(), dp: dp.clone() };
-            self.sparse_dd(&vm, &export, path).await
+            let copying = Copying {
+                source: self.source,
+                destination: self.destination,
+                vm: &vm,
+                vdi: Vdi::from("snapshot"),
+                from: self.snapshot().display().to_string(),
+                export: &export,
+                path,
+            };
+            sparse_dd(copying, || false).await
         }
         .await;
         host.dp_destroy(DBG, &dp).await?;
         copied.map_err(|error| Error::Mirror(format!("copying: {error}")))?;
         host.vdi_set_content_id(DBG, sr, parent, &parent.0).await?;
         self.find(parent).await.map(drop)
-    }
-
-    /// What sparse_dd does, by libnbd's nbdcopy.
-    async fn sparse_dd(&self, vm: &Vm, export: &str, path: ImportPath) -> Result<()> {
-        let failed = |what: &dyn std::fmt::Display| Error::Internal(format!("sparse_dd: {what}"));
-        let listener = self.source.bind_export(vm).map_err(|error| failed(&format!("{error:#}")))?;
-        self.source.run_export(listener, Vdi::from("snapshot"), self.destination, path);
-        let mut command = Command::new("nbdcopy");
-        command.args(["--connections=1", "--requests=16", "--flush", "--destination-is-zero"]);
-        command.arg(self.snapshot());
-        command.arg(format!("nbd+unix:///{export}?socket={}", self.source.export_socket(vm).display()));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-        let output = tokio::time::timeout(PATIENCE, command.output()).await;
-        let output = output.map_err(|_| failed(&"it takes too long"))?.map_err(|error| failed(&error))?;
-        if output.status.success() {
-            return Ok(());
-        }
-        Err(failed(&String::from_utf8_lossy(&output.stderr).trim()))
     }
 
     /// `receive_finalize3`, of which the dummy's destruction may fail.
