@@ -114,7 +114,8 @@ impl History {
     fn step(&mut self, kind: u8, which: usize, block: u64, count: u64) {
         let volume = self.live[which % self.live.len()].clone();
         let size = self.size(&volume);
-        let offset = block * BLOCK % size;
+        // Whole blocks: zeroes that are written to what is zero, beside data in the same block, count as a change of it.
+        let offset = block % size.div_ceil(BLOCK) * BLOCK;
         let length = (count * BLOCK).min(size - offset);
         match kind {
             0..=7 => {
