@@ -83,7 +83,7 @@ fn end_begun(host: &Host, record: MirrorRecord, how: How, reason: &str) -> Resul
 fn begun(host: &Host, record: &MirrorRecord) -> Result<(MirrorRecord, Option<FileLock>)> {
     let mut record = record.clone();
     let deadline = Instant::now() + host.settings()?.qmp();
-    while record.phase == Phase::Starting && record.supervisor.is_none() {
+    while record.is_unbegun() {
         let lock = match FileLock::try_acquire(&MirrorRecord::supervisor_lock(host, record.key)) {
             Ok(lock) => lock,
             // Another call has removed the mirror.
@@ -124,8 +124,7 @@ pub fn start_lock(host: &Host, volume: VolumeKey) -> PathBuf {
 
 /// Tells whether a call is just starting the mirror, which has no supervisor yet.
 fn is_being_started(host: &Host, record: &MirrorRecord) -> Result<bool> {
-    let unnamed = record.phase == Phase::Starting && record.supervisor.is_none();
-    Ok(unnamed && FileLock::try_acquire(&start_lock(host, record.volume))?.is_none())
+    Ok(record.is_unbegun() && FileLock::try_acquire(&start_lock(host, record.volume))?.is_none())
 }
 
 /// Clears up after supervisors of a volume's mirrors that were killed: their jobs, and a source that is open for no

@@ -248,6 +248,11 @@ impl MirrorRecord {
         VolumeUri { sr: self.sr, volume: self.volume }
     }
 
+    /// Tells whether no supervisor has named itself as the mirror's yet.
+    pub(super) fn is_unbegun(&self) -> bool {
+        self.phase == Phase::Starting && self.supervisor.is_none()
+    }
+
     /// Tells whether the mirror goes on: it has not ended, and its supervisor lives.
     pub fn is_running(&self, host: &Host) -> bool {
         !self.phase.is_terminal() && self.supervisor.is_some_and(|process| process.is_alive(host))

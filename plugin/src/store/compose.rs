@@ -27,7 +27,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 
-use super::allocation::Allocation;
 use super::garbage;
 use super::header::Header;
 use super::locked::{LoadedTree, LockedTree, file_name, node_path, read};
@@ -167,7 +166,7 @@ impl LockedTree {
         self.chain_images(child)?;
         let target: &LoadedTree = onto.as_deref().unwrap_or(&self);
         target.chain_images(parent)?;
-        let is_empty = |node| Allocation::open(&self.checked_image(node)?)?.is_empty();
+        let is_empty = |node| self.has_nothing_of_its_own(node);
         let kept = kept_nodes(&self.tree, child, &target.tree, parent, is_empty)?;
         let after = composed(&self.tree, child, &target.tree, parent, &kept)?;
         let intent = Intent::Compose { volume: child, parent, onto: target.id };

@@ -64,6 +64,15 @@ impl LoadedTree {
             .collect()
     }
 
+    /// Tells whether a node's file has neither data nor zeroes of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::chain_images`]; else its tables are damaged.
+    pub(super) fn has_nothing_of_its_own(&self, node: NodeId) -> Result<bool> {
+        Allocation::open(&self.checked_image(node)?)?.is_empty()
+    }
+
     /// Gives a node's file with its header checked.
     ///
     /// # Errors
@@ -208,7 +217,7 @@ impl LockedTree {
         // From the root, which is the first to have been written.
         for node in self.tree.chain(node).into_iter().rev() {
             // One that is not there yet is made by the same change.
-            if !self.tree.nodes.contains_key(&node) || !Allocation::open(&self.checked_image(node)?)?.is_empty()? {
+            if !self.tree.nodes.contains_key(&node) || !self.has_nothing_of_its_own(node)? {
                 return Ok(false);
             }
         }
