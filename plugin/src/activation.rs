@@ -249,24 +249,12 @@ fn set_claim(tree: &mut LockedTree, volume: VolumeKey, this: Uuid, claim: Option
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::NodeId;
-    use crate::smapi::Keys;
     use crate::store::Volume;
 
     fn tree_with(claims: &[(Uuid, Mode)]) -> (Tree, VolumeKey) {
         let key = VolumeKey::random();
         let active = claims.iter().map(|(host, mode)| Activation { host: *host, boot_id: Uuid::nil(), mode: *mode });
-        let volume = Volume {
-            node: NodeId::random(),
-            name: String::new(),
-            description: String::new(),
-            read_write: true,
-            sharable: false,
-            cbt_enabled: false,
-            data_destroyed: false,
-            keys: Keys::new(),
-            active: active.collect(),
-        };
+        let volume = Volume { active: active.collect(), ..Volume::new(String::new(), String::new()) };
         (Tree::of_one(key, volume, 1 << 20), key)
     }
 

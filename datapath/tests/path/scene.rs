@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use plugin::host::Host;
-use plugin::id::{NodeId, SrUuid, VolumeKey, VolumeUri};
-use plugin::smapi::Keys;
+use plugin::id::{SrUuid, VolumeKey, VolumeUri};
 use plugin::store::{NewTree, Sr, Tree, Volume};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -50,17 +49,7 @@ impl Scene {
             sr.attach(host).unwrap();
         }
         let volume = VolumeKey::random();
-        let record = Volume {
-            node: NodeId::random(),
-            name: String::new(),
-            description: String::new(),
-            read_write: true,
-            sharable: false,
-            cbt_enabled: false,
-            data_destroyed: false,
-            keys: Keys::new(),
-            active: Vec::new(),
-        };
+        let record = Volume::new(String::new(), String::new());
         NewTree::begin(&sr).unwrap().commit(Tree::of_one(volume, record, SIZE)).unwrap();
         let uri = VolumeUri { sr: sr.record.uuid, volume };
         let [host, other] = hosts;

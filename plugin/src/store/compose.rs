@@ -290,21 +290,10 @@ mod tests {
     use proptest::sample::Index;
 
     use super::*;
-    use crate::smapi::Keys;
     use crate::store::Volume;
 
     fn one() -> Tree {
-        let volume = Volume {
-            node: NodeId::random(),
-            name: String::new(),
-            description: String::new(),
-            read_write: true,
-            sharable: false,
-            cbt_enabled: false,
-            data_destroyed: false,
-            keys: Keys::new(),
-            active: Vec::new(),
-        };
+        let volume = Volume::new(String::new(), String::new());
         Tree::of_one(VolumeKey::random(), volume, 1 << 20)
     }
 

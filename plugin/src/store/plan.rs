@@ -307,17 +307,7 @@ mod tests {
     }
 
     fn one() -> Tree {
-        let volume = Volume {
-            node: NodeId::random(),
-            name: "n".to_owned(),
-            description: "d".to_owned(),
-            read_write: true,
-            sharable: false,
-            cbt_enabled: false,
-            data_destroyed: false,
-            keys: Keys::new(),
-            active: Vec::new(),
-        };
+        let volume = Volume::new("n".to_owned(), "d".to_owned());
         Tree::of_one(VolumeKey::random(), volume, 1 << 20)
     }
 

@@ -103,6 +103,23 @@ pub struct Volume {
     pub active: Vec<Activation>,
 }
 
+impl Volume {
+    /// Makes the record of a new volume on a node of its own, which nobody uses yet.
+    pub fn new(name: String, description: String) -> Self {
+        Self {
+            node: NodeId::random(),
+            name,
+            description,
+            read_write: true,
+            sharable: false,
+            cbt_enabled: false,
+            data_destroyed: false,
+            keys: Keys::new(),
+            active: Vec::new(),
+        }
+    }
+}
+
 /// What a volume's guest writes, which is thrown away. See [`super::Tree::scratch`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -2,8 +2,8 @@
 
 use plugin::error::Result;
 use plugin::host::Host;
-use plugin::id::{NodeId, VolumeKey};
-use plugin::smapi::{Keys, VolumeRecord};
+use plugin::id::VolumeKey;
+use plugin::smapi::VolumeRecord;
 use plugin::store::{NewTree, Tree, Volume};
 use serde::Deserialize;
 
@@ -29,17 +29,7 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
     let sr = sr.open(host)?;
     let virtual_size = size.bytes()?;
     let key = VolumeKey::random();
-    let volume = Volume {
-        node: NodeId::random(),
-        name,
-        description,
-        read_write: true,
-        sharable,
-        cbt_enabled: false,
-        data_destroyed: false,
-        keys: Keys::new(),
-        active: Vec::new(),
-    };
+    let volume = Volume { sharable, ..Volume::new(name, description) };
     NewTree::begin(&sr)?.commit(Tree::of_one(key, volume, virtual_size))?;
     sr.stat(key)
 }
