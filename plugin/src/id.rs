@@ -77,6 +77,12 @@ uuid_newtype!(
     "a tree"
 );
 uuid_newtype!(
+    /// A content: what a node and all below it read as, for as long as nobody writes. Made at random, so that equal ids
+    /// mean equal bytes wherever they are found; equal bytes may well have different ids.
+    ContentId,
+    "a content"
+);
+uuid_newtype!(
     /// A mirror: the key that Data.mirror gives and Data.stat takes.
     MirrorKey,
     "a mirror"

@@ -11,12 +11,14 @@
 //! then only deactivates the source (xen-api `ocaml/xapi/storage_smapiv3_migrate.ml`). So Datapath.deactivate fails
 //! for it, until a call shows that xapi knows: see [`MirrorRecord::must_be_told`].
 
+mod announcement;
 mod blocks;
 mod control;
 mod ending;
 pub mod job;
 mod record;
 
+pub use announcement::{Announcement, Base};
 pub use blocks::{Blocks, Range};
 pub use control::{EndReply, EndRequest, How};
 pub use ending::{
