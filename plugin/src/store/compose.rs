@@ -97,8 +97,8 @@ fn kept_nodes(
     }
     let parents = kept.iter().skip(1).copied().chain([base]);
     let node = |(id, parent): (&NodeId, NodeId)| {
-        let virtual_size = tree.node(*id)?.virtual_size;
-        Ok((*id, Node { parent: Some(parent), virtual_size }))
+        // What it lies on is exchanged, and so what it reads as has no name any more.
+        Ok((*id, Node::new(Some(parent), tree.node(*id)?.virtual_size)))
     };
     kept.iter().zip(parents).map(node).collect()
 }

@@ -70,7 +70,7 @@ pub fn clone(
         None => Change::default(),
     };
     let virtual_size = tree.node(original.node)?.virtual_size;
-    change.nodes.insert(clone_node, Node { parent: Some(original.node), virtual_size });
+    change.nodes.insert(clone_node, Node::new(Some(original.node), virtual_size));
     // A clone is the first of its own backups (xen-api `ocaml/quicktest/quicktest_cbt.ml`).
     let copied = Volume { cbt_enabled: false, ..copy_of(original, clone_node) };
     change.volumes = BTreeMap::from([(clone, copied)]);
@@ -87,7 +87,7 @@ pub fn overlay(tree: &Tree, volume: VolumeKey, overlay: NodeId, virtual_size: Op
     let below = tree.volume_with_data(volume)?.node;
     let virtual_size = virtual_size.unwrap_or(tree.node(below)?.virtual_size);
     Ok(Change {
-        nodes: BTreeMap::from([(overlay, Node { parent: Some(below), virtual_size })]),
+        nodes: BTreeMap::from([(overlay, Node::new(Some(below), virtual_size))]),
         volumes: BTreeMap::new(),
         moves: Some(Move { volume, overlay }),
     })
@@ -117,7 +117,7 @@ pub fn copied_chain(tree: &Tree, key: VolumeKey, copied: VolumeKey) -> Result<(T
     after.nodes.clear();
     for (at, old) in chain.iter().enumerate() {
         let virtual_size = tree.node(*old)?.virtual_size;
-        after.nodes.insert(new[at], Node { parent: new.get(at + 1).copied(), virtual_size });
+        after.nodes.insert(new[at], Node::new(new.get(at + 1).copied(), virtual_size));
     }
     Ok((after, new))
 }
@@ -202,7 +202,7 @@ pub fn reverted(tree: &Tree, key: VolumeKey, snapshot: VolumeKey, overlay: NodeI
     let virtual_size = tree.node(kept.node)?.virtual_size;
     let parent = Some(kept.node);
     let mut after = tree.clone();
-    after.nodes.insert(overlay, Node { parent, virtual_size });
+    after.nodes.insert(overlay, Node::new(parent, virtual_size));
     after.volume_mut(key)?.node = overlay;
     prune(&mut after, old);
     Ok(after)
@@ -256,7 +256,7 @@ pub fn next_past(tree: &Tree) -> Option<NodeId> {
 pub fn only_past(tree: &Tree, id: NodeId) -> Result<Tree> {
     let mut after = tree.clone();
     let missing = || Error::Internal(format!("node {id} is not in this tree"));
-    let Node { parent, virtual_size } = after.nodes.remove(&id).ok_or_else(missing)?;
+    let Node { parent, virtual_size, .. } = after.nodes.remove(&id).ok_or_else(missing)?;
     after.history.entry(id).or_insert(Past { parent, virtual_size });
     Ok(after)
 }

@@ -84,7 +84,7 @@ impl LockedTree {
         let below = self.volume(key)?.node;
         let node = NodeId::random();
         let virtual_size = self.tree.node(below)?.virtual_size;
-        let nodes = BTreeMap::from([(node, Node { parent: Some(below), virtual_size })]);
+        let nodes = BTreeMap::from([(node, Node::new(Some(below), virtual_size))]);
         let change = Change { nodes, ..Change::default() };
         let mut after = plan::applied(&self.tree, &change);
         after.scratch.entry(key).or_default().node = Some(node);

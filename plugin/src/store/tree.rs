@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::id::{NodeId, TreeId, VolumeKey};
+use crate::id::{ContentId, NodeId, TreeId, VolumeKey};
 use crate::record::Record;
 use crate::smapi::Keys;
 
@@ -20,8 +20,9 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 /// The record of a tree, `tree.json`: the truth about what nodes and volumes there are.
 ///
 /// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. Format 2 may
-/// have `composed`, `scratch`, a `history`, volumes whose data was destroyed and an intent to compose; a tree that has
-/// none of these is written as format 1. A field that is not known is an error: whatever adds one raises the format.
+/// have `composed`, `scratch`, a `history`, volumes whose data was destroyed and an intent to compose. In format 3 nodes
+/// may have a `content`. A tree is written in the oldest format that can hold it. A field that is not known is an error:
+/// whatever adds one raises the format.
 /// What [`Self::check`] asks for holds of every tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -56,6 +57,16 @@ pub struct Node {
     pub parent: Option<NodeId>,
     /// The size that a guest sees, in bytes; the same as in the file's header.
     pub virtual_size: u64,
+    /// What the node and those below it read as, where that has a name. A node that is written to has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<ContentId>,
+}
+
+impl Node {
+    /// Makes the record of a new node, whose content has no name.
+    pub fn new(parent: Option<NodeId>, virtual_size: u64) -> Self {
+        Self { parent, virtual_size, content: None }
+    }
 }
 
 /// What a node changed, kept apart from its file: `<node>.changed.json` beside the record lists the blocks that it had
@@ -218,8 +229,11 @@ impl Intent {
 }
 
 impl Record for Tree {
-    const FORMAT: u64 = 2;
+    const FORMAT: u64 = 3;
 }
+
+/// The format of a tree without the names of contents.
+const SECOND_FORMAT: u64 = 2;
 
 /// The format of a tree that has nothing newer.
 const FIRST_FORMAT: u64 = 1;
@@ -229,7 +243,7 @@ impl Tree {
     pub fn of_one(key: VolumeKey, volume: Volume, virtual_size: u64) -> Self {
         Self {
             format: FIRST_FORMAT,
-            nodes: BTreeMap::from([(volume.node, Node { parent: None, virtual_size })]),
+            nodes: BTreeMap::from([(volume.node, Node::new(None, virtual_size))]),
             volumes: BTreeMap::from([(key, volume)]),
             composed: BTreeMap::new(),
             scratch: BTreeMap::new(),
@@ -270,12 +284,15 @@ impl Tree {
 
     /// Gives the oldest format in which the tree can be written: programs that know no newer one can go on with it.
     pub fn needed_format(&self) -> u64 {
+        if self.nodes.values().any(|node| node.content.is_some()) {
+            return Self::FORMAT;
+        }
         let plain = self.composed.is_empty()
             && self.scratch.is_empty()
             && self.history.is_empty()
             && !self.volumes.values().any(|volume| volume.data_destroyed)
             && !matches!(self.intent, Some(Intent::Compose { .. }));
-        if plain { FIRST_FORMAT } else { Self::FORMAT }
+        if plain { FIRST_FORMAT } else { SECOND_FORMAT }
     }
 
     /// Finds a node that the tree is known to have.
@@ -596,16 +613,28 @@ mod tests {
     }
 
     #[test]
+    fn a_tree_is_written_in_the_oldest_format_that_can_hold_it() {
+        let needed = |change: fn(&mut Value)| {
+            let mut value = sound();
+            change(&mut value);
+            serde_json::from_value::<Tree>(value).unwrap().needed_format()
+        };
+        assert_eq!(needed(|_| {}), 1);
+        assert_eq!(needed(|value| value["scratch"] = json!({V: {}})), 2);
+        assert_eq!(needed(|value| value["nodes"][A]["content"] = json!(V)), 3);
+        let tree: Tree = serde_json::from_value(sound()).unwrap();
+        let text = serde_json::to_string(&tree).unwrap();
+        assert!(!text.contains("content"), "an older program refuses a field that it does not know: {text}");
+    }
+
+    #[test]
     fn a_long_chain_is_judged_in_little_time() {
         let nodes: Vec<NodeId> = (0..50_000).map(|_| NodeId::random()).collect();
         let mut tree: Tree = serde_json::from_value(sound()).unwrap();
         let volume = tree.volumes.values_mut().next().unwrap();
         volume.node = *nodes.last().unwrap();
-        tree.nodes = nodes
-            .iter()
-            .enumerate()
-            .map(|(i, id)| (*id, Node { parent: (i > 0).then(|| nodes[i - 1]), virtual_size: 512 }))
-            .collect();
+        tree.nodes =
+            nodes.iter().enumerate().map(|(i, id)| (*id, Node::new((i > 0).then(|| nodes[i - 1]), 512))).collect();
         assert_eq!(tree.check(), Ok(()));
     }
 }
