@@ -32,7 +32,7 @@ as_root() {
 case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
-    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs nbdcopy nbdinfo strace flock python3' ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3' ;;
     *) die "usage: $0 [run|demo|test]" ;;
 esac
 
@@ -49,6 +49,7 @@ debian_package() {
         cc) echo 'gcc libc6-dev' ;;
         qemu-img | qemu-io) echo qemu-utils ;;
         mkfs.ext4 | debugfs) echo e2fsprogs ;;
+        mkfs.xfs) echo xfsprogs ;;
         nbdcopy | nbdinfo) echo libnbd-bin ;;
         strace) echo strace ;;
         flock) echo util-linux ;;
@@ -92,7 +93,7 @@ if [ -n "$lacking" ]; then
         files=''
         for program in $lacking; do
             case $program in
-                mkfs.ext4 | debugfs) files="$files /usr/sbin/$program" ;;
+                mkfs.ext4 | mkfs.xfs | debugfs) files="$files /usr/sbin/$program" ;;
                 *) files="$files /usr/bin/$program" ;;
             esac
         done
@@ -104,7 +105,7 @@ if [ -n "$lacking" ]; then
     hash -r
     lacking=$(missing)
     [ -z "$lacking" ] || die "still missing: $lacking- install them by hand (QEMU $qemu_major.$qemu_minor or newer," \
-        "e2fsprogs, libnbd's tools, strace, python3) and run this again"
+        "e2fsprogs, xfsprogs, libnbd's tools, strace, python3) and run this again"
 fi
 
 for program in qemu-img qemu-storage-daemon; do

@@ -1,9 +1,12 @@
 //! Volume.copy, compare and similar_content: volumes held against each other.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "a test says why it is skipped")]
 
 mod support;
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use plugin::activation;
@@ -19,7 +22,7 @@ fn copy(bench: &Bench, volume: &str, destination: &Bench) -> String {
 }
 
 /// Sees that two chains read the same, by qemu-img.
-fn assert_same(one: &std::path::Path, other: &std::path::Path) {
+fn assert_same(one: &Path, other: &Path) {
     let status = Command::new("qemu-img").args(["compare", "-U", "-q", "-s"]).args([one, other]).status().unwrap();
     assert!(status.success());
 }
@@ -69,6 +72,76 @@ fn a_copy_may_be_in_another_sr() {
     assert_eq!(bench.keys(), std::slice::from_ref(&volume));
     assert_same(&other.node_file(&copied), &bench.node_file(&volume));
     assert_eq!(bench.code("Volume.copy", json!({"key": volume, "dest_sr": "none"})), "Sr_not_attached");
+    bench.check();
+    other.check();
+}
+
+/// A file system whose files can share blocks, unmounted when this is dropped.
+struct Sharing(PathBuf);
+
+impl Sharing {
+    /// Makes and mounts one; `None`, with the reason printed, where this process or kernel cannot.
+    fn mount(directory: &Path) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: only root can mount a file system");
+            return None;
+        }
+        let (image, at) = (directory.join("image"), directory.join("xfs"));
+        File::create(&image).unwrap().set_len(320 * MIB).unwrap();
+        std::fs::create_dir(&at).unwrap();
+        assert!(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&image).status().unwrap().success());
+        let mounted = Command::new("mount").args(["-t", "xfs", "-o", "loop"]).args([&image, &at]).output().unwrap();
+        if !mounted.status.success() {
+            println!("skipped: XFS cannot be mounted here: {}", String::from_utf8_lossy(&mounted.stderr));
+            return None;
+        }
+        Some(Self(at))
+    }
+
+    /// Gives the bytes that are in use, once everything is written back.
+    fn used(&self) -> u64 {
+        rustix::fs::syncfs(File::open(&self.0).unwrap()).unwrap();
+        let space = rustix::fs::statvfs(&self.0).unwrap();
+        (space.f_blocks - space.f_bfree) * space.f_frsize
+    }
+}
+
+impl Drop for Sharing {
+    fn drop(&mut self) {
+        // Lazily: a failed test may have left something running.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn where_files_can_share_blocks_a_copy_of_a_chain_takes_no_space() {
+    let directory = tempfile::Builder::new().prefix("vt-").tempdir_in("/tmp").unwrap();
+    let Some(sharing) = Sharing::mount(directory.path()) else { return };
+    let mut bench = Bench::without_sr();
+    bench.path = sharing.0.join("sr");
+    std::fs::create_dir(&bench.path).unwrap();
+    bench.create_sr();
+    let volume = bench.create(64 * MIB);
+    write(&bench.node_file(&volume), 1, 0, 16 * MIB);
+    let snapshot = bench.snapshot(&volume);
+    write(&bench.node_file(&volume), 2, 8 * MIB, 16 * MIB);
+    for source in [&volume, &snapshot] {
+        let before = sharing.used();
+        let copied = copy(&bench, source, &bench);
+        let after = sharing.used();
+        assert!(after < before + MIB, "a copy took {} bytes", after - before);
+        assert_same(&bench.node_file(&copied), &bench.node_file(source));
+        // Shared until written to.
+        write(&bench.node_file(&copied), 3, 0, MIB);
+        assert_reads(&bench.node_file(&snapshot), 1, 0, 16 * MIB);
+        bench.destroy(&copied);
+    }
+    // Into an SR of another file system it is a copy all the same, of every byte.
+    let mut other = Bench::without_sr();
+    other.host.root.clone_from(&bench.host.root);
+    other.create_sr();
+    let copied = copy(&bench, &volume, &other);
+    assert_same(&other.node_file(&copied), &bench.node_file(&volume));
     bench.check();
     other.check();
 }
