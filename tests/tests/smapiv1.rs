@@ -16,7 +16,7 @@ use fake_xapi::host::{WireFault, WireHarm, WireMoment};
 use fake_xapi::nbd::Client;
 use fake_xapi::scenario::Stage;
 use fake_xapi::script::Fault;
-use fake_xapi::smapiv2::{Dp, Sr, Vm, nbd_server};
+use fake_xapi::smapiv2::{Dp, Vm, nbd_server};
 use fake_xapi::sxm::v1::{Disk, Import, Receiving, Writer};
 use rustix::process::{Pid, Signal, kill_process};
 use small::Small;
@@ -39,18 +39,6 @@ impl World {
         let stage = Stage::build(binaries, false, directory.path()).await?;
         let disk = Disk::create(&directory.path().join("disk.raw"), SIZE)?;
         Ok(Self { stage, disk, directory })
-    }
-
-    /// Makes the destination an SR in another directory.
-    async fn move_to(&mut self, path: &Path) -> Result<()> {
-        let sr = Sr("11111111-2222-4333-8444-555555555555".to_owned());
-        let config = [("uri".to_owned(), format!("file://{}", path.display()))];
-        let destination = &self.stage.destination;
-        let config = destination.sr_create(DBG, "qcow2", &sr, &config, "small", "").await?;
-        destination.sr_attach(DBG, "qcow2", &sr, &config).await?;
-        self.stage.destination_sr = sr;
-        self.stage.destination_path = path.to_owned();
-        Ok(())
     }
 
     async fn migrate(&self, guest: &mut Option<Writer>) -> fake_xapi::smapiv2::Result<Receiving> {
@@ -115,11 +103,16 @@ impl World {
         self.again(guest).await
     }
 
+    /// What failed has left nothing once somebody has cleaned up after it.
+    async fn swept(&self) -> Result<()> {
+        self.import().sweep().await.context("sweeping")?;
+        self.nothing_there().await.context("after the failure")
+    }
+
     async fn again(&self, guest: &mut Option<Writer>) -> Result<()> {
         self.stage.destination.runner().faults().clear();
         self.stage.source.wires().clear();
-        self.import().sweep().await.context("sweeping")?;
-        self.nothing_there().await.context("after the failure")?;
+        self.swept().await?;
         if guest.is_none() {
             *guest = Some(Writer::start(&self.disk, 99));
         }
@@ -233,13 +226,12 @@ async fn a_destination_without_space_is_left_clean_and_the_migration_can_be_made
     for room in [16 << 10, 1200 << 10, 3 << 20] {
         let small = Small::mount().unwrap();
         let mut world = World::build().await.unwrap();
-        world.move_to(&small.path()).await.unwrap();
+        world.stage.move_destination(&small.path()).await.unwrap();
         small.leave(room).unwrap();
         let mut guest = world.guest();
         let failed = world.migrate(&mut guest).await;
         assert!(failed.is_err(), "it went well with {room} bytes");
-        world.import().sweep().await.unwrap();
-        world.nothing_there().await.unwrap();
+        world.swept().await.unwrap();
         small.make_room().unwrap();
         world.again(&mut guest).await.with_context(|| format!("{room} bytes")).unwrap();
         world.stage.close().await;

@@ -73,6 +73,16 @@ impl Stage {
         })
     }
 
+    /// Gives the destination an SR in another directory, which is there, in place of the one it has.
+    ///
+    /// # Errors
+    /// If the plugin refuses.
+    pub async fn move_destination(&mut self, path: &Path) -> Result<()> {
+        self.destination_sr = make_sr_in(&self.destination, path, "another").await?;
+        self.destination_path = path.to_owned();
+        Ok(())
+    }
+
     /// Waits until nothing of a host's plugins runs or lies about any more; what still does is added to the problems.
     pub async fn settled(&self, host: &Host, patience: Duration, problems: &mut Vec<String>) -> bool {
         let deadline = Instant::now() + patience;
@@ -116,6 +126,10 @@ impl Drop for Stage {
 
 async fn make_sr(host: &Host, path: &Path, name: &str) -> Result<Sr> {
     std::fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))?;
+    make_sr_in(host, path, name).await
+}
+
+async fn make_sr_in(host: &Host, path: &Path, name: &str) -> Result<Sr> {
     let sr = Sr(Uuid::new_v4().to_string());
     let config = [("uri".to_owned(), format!("file://{}", path.display()))];
     let config = host.sr_create(DBG, KIND, &sr, &config, name, "").await.context("SR.create")?;

@@ -1,10 +1,8 @@
 //! The destination's file system runs out of space: at once, in a snapshot's mirror, in the disk's mirror.
 
 use std::fmt;
-use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use fake_xapi::smapiv2::Sr;
 use fake_xapi::sxm::Flow;
 
 use crate::small::Small;
@@ -29,7 +27,7 @@ impl fmt::Display for Case {
 impl Case {
     async fn run(&self, kept: &mut Option<World>) -> Result<()> {
         let small = Small::mount().context("a small file system")?;
-        let result = self.on(&small.path(), &small, kept).await;
+        let result = self.on(&small, kept).await;
         // The daemons have to be gone before the file system.
         let closed = match kept.take() {
             Some(world) if result.is_ok() => world.close().await,
@@ -38,15 +36,9 @@ impl Case {
         result.and(closed)
     }
 
-    async fn on(&self, path: &Path, small: &Small, kept: &mut Option<World>) -> Result<()> {
+    async fn on(&self, small: &Small, kept: &mut Option<World>) -> Result<()> {
         let world = kept.insert(World::build(CHAIN, self.flow).await.context("the world")?);
-        let host = &world.stage.destination;
-        let sr = Sr("11111111-2222-4333-8444-555555555555".to_owned());
-        let config = [("uri".to_owned(), format!("file://{}", path.display()))];
-        let config = host.sr_create("t", "qcow2", &sr, &config, "small", "").await?;
-        host.sr_attach("t", "qcow2", &sr, &config).await?;
-        world.stage.destination_sr = sr;
-        world.stage.destination_path = path.to_owned();
+        world.stage.move_destination(&small.path()).await?;
         small.leave(self.room)?;
         let failed = match world.migrate().await {
             Ok(_) => bail!("the migration succeeded without space"),
