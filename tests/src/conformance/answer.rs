@@ -1,7 +1,7 @@
 //! What each method's answer has to be, decoded as strictly as the daemon does.
 
 use crate::wire::{
-    Attached, ChangedBlocks, Json, Malformed, MirrorStatus, Operation, Plugin, ProbeResult, SrStat, Volume,
+    Attached, Blocks, ChangedBlocks, Json, Malformed, MirrorStatus, Operation, Plugin, ProbeResult, SrStat, Volume,
 };
 
 /// Decodes the answer of a method, whatever it is.
@@ -21,6 +21,8 @@ pub fn decode(method: &str, answer: &Json) -> Result<(), Malformed> {
             Volume::decode(answer, "answer").map(drop)
         }
         "Volume.list_changed_blocks" => ChangedBlocks::decode(answer).map(drop),
+        "Volume.compare" => Blocks::decode(answer).map(drop),
+        "Volume.similar_content" => answer.strings("answer").map(drop),
         "Datapath.attach" => Attached::decode(answer).map(drop),
         "Data.mirror" | "Data.copy" => Operation::decode(answer).map(drop),
         "Data.stat" => MirrorStatus::decode(answer).map(drop),

@@ -43,6 +43,7 @@ pub mod suite;
 mod task;
 mod twice;
 mod volume;
+mod volume_copy;
 mod xcp_ng;
 
 use std::fmt;
@@ -198,6 +199,7 @@ pub fn all_checks() -> Vec<Check> {
         ("sr", sr::checks),
         ("sr faults", sr_faults::checks),
         ("volume", volume::checks),
+        ("volume copy", volume_copy::checks),
         ("twice", twice::checks),
         ("order", order::checks),
         ("crowd", crowd::checks),

@@ -266,6 +266,28 @@ impl ChangedBlocks {
     }
 }
 
+/// What `Volume.compare` answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocks {
+    /// Bytes of a block.
+    pub blocksize: i64,
+    /// Ranges of blocks: where each begins, and how many it has.
+    pub ranges: Vec<(i64, i64)>,
+}
+
+impl Blocks {
+    /// Decodes the answer.
+    pub fn decode(value: &Json) -> Result<Self, Malformed> {
+        let f = value.fields("list of blocks")?;
+        let range = |pair: &Json, at: &str| match pair.array(at)? {
+            [first, count] => Ok((first.int(at)?, count.int(at)?)),
+            _ => Err(Malformed::new(at, "a pair of numbers", pair)),
+        };
+        let ranges = |v: &Json, at: &str| v.array(at)?.iter().map(|pair| range(pair, at)).collect();
+        Ok(Self { blocksize: f.required("blocksize", Json::int)?, ranges: f.required("ranges", ranges)? })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,7 +12,7 @@ mod failure;
 mod json;
 mod request;
 
-pub use answer::{ChangedBlocks, Health, Plugin, ProbeResult, SrStat, Volume};
+pub use answer::{Blocks, ChangedBlocks, Health, Plugin, ProbeResult, SrStat, Volume};
 pub use datapath::{Attached, Implementation, MirrorStatus, Operation};
 pub use failure::{Backtrace, Failure};
 pub use json::{Fields, Json, Malformed};

@@ -158,6 +158,16 @@ impl Request {
         Self::new("Volume.compose", dbg, vec![("sr", sr.into()), ("key", child.into()), ("key2", parent.into())])
     }
 
+    /// `Volume.copy` into an SR.
+    pub fn volume_copy(dbg: &str, sr: &str, key: &str, to: &str) -> Self {
+        Self::new("Volume.copy", dbg, vec![("sr", sr.into()), ("key", key.into()), ("dest_sr", to.into())])
+    }
+
+    /// `Volume.compare` of a volume with another one.
+    pub fn volume_compare(dbg: &str, sr: &str, key: &str, other: &str) -> Self {
+        Self::new("Volume.compare", dbg, vec![("sr", sr.into()), ("key", key.into()), ("key2", other.into())])
+    }
+
     /// `Volume.list_changed_blocks` over the whole volume, which is how xapi asks.
     pub fn volume_list_changed_blocks(dbg: &str, sr: &str, from: &str, to: &str) -> Self {
         Self::volume_list_changed_blocks_in(dbg, sr, (from, to), (0, -1))

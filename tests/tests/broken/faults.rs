@@ -33,6 +33,7 @@ pub fn all() -> Vec<Fault> {
     faults.extend(crate::volumes::faults());
     faults.extend(crate::datapaths::faults());
     faults.extend(crate::compose::faults());
+    faults.extend(crate::copies::faults());
     faults
 }
 

@@ -8,6 +8,7 @@
 
 mod answers;
 mod compose;
+mod copies;
 mod datapaths;
 mod faults;
 mod srs;
