@@ -16,7 +16,9 @@ mod blocks;
 mod control;
 mod ending;
 pub mod job;
+mod plan;
 mod record;
+mod session;
 
 pub use announcement::{Announcement, Base};
 pub use blocks::{Blocks, Range};
@@ -25,7 +27,9 @@ pub use ending::{
     acknowledge, before_deactivate, before_detach, end, end_for_snapshot, end_unless_running, forget_volume,
     is_running, reap, source_activated, start_lock,
 };
+pub use plan::{Destination, Layer, Plan, layers, plan};
 pub use record::{CopyMode, MirrorRecord, Phase, Progress, now};
+pub use session::{Sent, Session, Sessions};
 
 /// The pseudo domain under which a mirror opens a volume that is not active.
 pub const OFFLINE_DOMAIN: &str = "mirror";
