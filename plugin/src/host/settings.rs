@@ -28,6 +28,10 @@ pub struct Settings {
     pub lock_seconds: u64,
     /// Seconds that SR.stat waits for an SR's file system before it says that it cannot be reached.
     pub file_system_seconds: u64,
+    /// Whether mirrors send only what the destination is known to lack, where that is known.
+    pub difference: bool,
+    /// Whether source and destination are compared after a mirror that did not send everything.
+    pub verify: bool,
 }
 
 impl Default for Settings {
@@ -40,6 +44,8 @@ impl Default for Settings {
             qmp_seconds: 20,
             lock_seconds: 60,
             file_system_seconds: 10,
+            difference: true,
+            verify: false,
         }
     }
 }
@@ -80,8 +86,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("settings.json");
         assert_eq!(Settings::read(&path).unwrap(), Settings::default());
-        fs::write(&path, r#"{"drain_seconds": 5}"#).unwrap();
-        assert_eq!(Settings::read(&path).unwrap().drain_seconds, 5);
+        fs::write(&path, r#"{"drain_seconds": 5, "difference": false}"#).unwrap();
+        let expected = Settings { drain_seconds: 5, difference: false, ..Settings::default() };
+        assert_eq!(Settings::read(&path).unwrap(), expected);
         fs::write(&path, r#"{"drain_second": 5}"#).unwrap();
         assert!(Settings::read(&path).unwrap_err().to_string().contains("settings.json"));
     }

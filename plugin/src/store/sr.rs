@@ -13,7 +13,7 @@ use super::tree::Intent;
 use super::uri::{sr_path, sr_uri};
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::id::{SrUuid, TreeId, VolumeKey};
+use crate::id::{Shortened, SrUuid, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::record::{self, Durability, Record};
 use crate::smapi::{Configuration, Health, SrStat};
@@ -60,6 +60,9 @@ struct AttachedRecord {
     /// Whether SR.destroy has come so far that no volume is left and none can be made.
     #[serde(default)]
     destroyed: bool,
+    /// Whether a mirror from here that did not send everything is compared with its source.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    verify: bool,
 }
 
 impl Record for AttachedRecord {
@@ -186,19 +189,42 @@ impl Sr {
         Ok(attached.destroyed && !attached.path()?.join("sr.json").exists())
     }
 
+    /// Tells whether an attached SR's device-config asks for mirrors from it to be compared with their source.
+    pub fn verifies(host: &Host, uuid: SrUuid) -> bool {
+        AttachedRecord::of(host, uuid).is_ok_and(|attached| attached.verify)
+    }
+
     /// Records that the SR is attached on this host, wherever it was before.
     ///
     /// # Errors
     ///
     /// When the record cannot be written.
     pub fn attach(&self, host: &Host) -> Result<()> {
+        self.attach_with(host, &Configuration::new())
+    }
+
+    /// Records that the SR is attached on this host, as its device-config wants it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidDeviceConfig`]; else as [`Self::attach`].
+    pub fn attach_with(&self, host: &Host, configuration: &Configuration) -> Result<()> {
+        let verify = match configuration.get("verify").map(String::as_str) {
+            Some("true") => true,
+            Some("false") | None => false,
+            Some(other) => {
+                let reason = format!("{:?} is neither true nor false", Shortened(other));
+                return Err(Error::InvalidDeviceConfig { key: "verify", reason });
+            }
+        };
         let path = host.sr_record(self.record.uuid);
         if let Some(directory) = path.parent() {
             host.make_runtime_dir(directory)?;
         }
         let SrRecord { name, description, .. } = self.record.clone();
         let uri = sr_uri(&self.path);
-        let record = AttachedRecord { format: AttachedRecord::FORMAT, uri, name, description, destroyed: false };
+        let record =
+            AttachedRecord { format: AttachedRecord::FORMAT, uri, name, description, destroyed: false, verify };
         record::write(&path, &record, Durability::UntilReboot)
     }
 

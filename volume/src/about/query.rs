@@ -39,7 +39,10 @@ pub fn execute(_: &Host, _: Parameters) -> Result<QueryResult> {
         version: env!("CARGO_PKG_VERSION"),
         required_api_version: "5.0",
         features: FEATURES.to_vec(),
-        configuration: BTreeMap::from([("uri", "The SR's directory: file:///absolute/path, percent-encoded")]),
+        configuration: BTreeMap::from([
+            ("uri", "The SR's directory: file:///absolute/path, percent-encoded"),
+            ("verify", "true: compare source and destination after a mirror that sent only a difference"),
+        ]),
         required_cluster_stack: Vec::new(),
     })
 }

@@ -27,7 +27,7 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
     {
         return Err(Error::InvalidDeviceConfig { key: "sr_uuid", reason: format!("the SR there is {uuid}") });
     }
-    sr.attach(host)?;
+    sr.attach_with(host, &parameters.configuration)?;
     // What is left over does no harm, so that an SR that cannot be written to can still be read.
     let swept = sr.lock_sr(host).and_then(|lock| sr.sweep(host, &lock));
     if let Err(error) = swept {
