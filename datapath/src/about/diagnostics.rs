@@ -39,6 +39,9 @@ pub fn execute(host: &Host, _: Parameters) -> Result<String> {
                 if let Some(reason) = &mirror.reason {
                     let _ = write!(state, ", {reason}");
                 }
+                if let Some(plan) = &mirror.plan {
+                    let _ = write!(state, "; {plan}; sent {} bytes", mirror.progress.sent);
+                }
                 line(&mut text, &format!("mirror {}", mirror.key), Ok(state));
             }
         }

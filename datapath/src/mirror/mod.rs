@@ -15,8 +15,12 @@
 
 mod control;
 mod copy;
+mod prepare;
 mod progress;
 mod relay;
+mod send;
 mod supervisor;
+mod verify;
+mod zeroes;
 
 pub use supervisor::{ENTRY, main};

@@ -23,7 +23,7 @@ pub struct Watch {
     silence: Duration,
     blocking_silence: Duration,
     moved: Instant,
-    last: (u64, u64, u64),
+    last: (u64, u64, u64, u64),
     least: u64,
     shrunk: Instant,
     looked: Instant,
@@ -48,7 +48,7 @@ impl Watch {
             silence,
             blocking_silence,
             moved: now,
-            last: (0, 0, 0),
+            last: (0, 0, 0, 0),
             least: u64::MAX,
             shrunk: now,
             looked: now,
@@ -56,17 +56,19 @@ impl Watch {
         }
     }
 
-    /// Takes a look at the progress; `draining` says that a flush is owed even when nothing is left to copy.
+    /// Takes a look at the progress. `answered` counts what moves without the peer; `draining` says that a flush is
+    /// owed even when nothing is left to copy.
     pub fn look(
         &mut self,
         now: Instant,
         progress: &Progress,
+        answered: u64,
         mode: CopyMode,
         ready: bool,
         draining: bool,
     ) -> Verdict {
         let rest = progress.length.saturating_sub(progress.offset);
-        let seen = (progress.sent, progress.received, progress.offset);
+        let seen = (progress.sent, progress.received, progress.offset, answered);
         let elapsed = now.duration_since(self.looked).as_secs_f64();
         if elapsed > 0.0 {
             let newest = progress.sent.saturating_sub(self.last.0) as f64 / elapsed;
@@ -113,7 +115,7 @@ mod tests {
     }
 
     fn progress(offset: u64, length: u64, sent: u64) -> Progress {
-        Progress { offset, length, sent, received: sent / 100 }
+        Progress { offset, length, sent, received: sent / 100, ..Progress::default() }
     }
 
     #[test]
@@ -123,7 +125,7 @@ mod tests {
         for second in 0..1000 {
             let seen = progress(second + 1, 1 << 30, second);
             let now = start + SECOND * second as u32;
-            assert_ne!(watch.look(now, &seen, CopyMode::WriteBlocking, false, false), Verdict::Silent);
+            assert_ne!(watch.look(now, &seen, 0, CopyMode::WriteBlocking, false, false), Verdict::Silent);
         }
     }
 
@@ -134,10 +136,10 @@ mod tests {
             let mut watch = watch(start);
             let seen = progress(10, 100, 1000);
             for second in 0..bound {
-                let verdict = watch.look(start + SECOND * second, &seen, mode, false, false);
+                let verdict = watch.look(start + SECOND * second, &seen, 0, mode, false, false);
                 assert_ne!(verdict, Verdict::Silent, "{mode:?} {second}");
             }
-            let verdict = watch.look(start + SECOND * bound, &seen, mode, false, false);
+            let verdict = watch.look(start + SECOND * bound, &seen, 0, mode, false, false);
             assert_eq!(verdict, Verdict::Silent, "{mode:?}");
         }
     }
@@ -149,11 +151,11 @@ mod tests {
         let seen = progress(100, 100, 1000);
         for second in 0..1000 {
             let now = start + SECOND * second;
-            assert_eq!(watch.look(now, &seen, CopyMode::WriteBlocking, true, false), Verdict::Fine);
+            assert_eq!(watch.look(now, &seen, 0, CopyMode::WriteBlocking, true, false), Verdict::Fine);
         }
         let drain = start + SECOND * 999;
-        watch.look(drain, &seen, CopyMode::WriteBlocking, true, true);
-        let verdict = watch.look(drain + SECOND * 5, &seen, CopyMode::WriteBlocking, true, true);
+        watch.look(drain, &seen, 0, CopyMode::WriteBlocking, true, true);
+        let verdict = watch.look(drain + SECOND * 5, &seen, 0, CopyMode::WriteBlocking, true, true);
         assert_eq!(verdict, Verdict::Silent);
     }
 
@@ -163,7 +165,7 @@ mod tests {
         let mut watch = watch(start);
         for second in 0..100 {
             let now = start + SECOND * second;
-            assert_eq!(watch.look(now, &progress(0, 0, 100), CopyMode::Background, true, false), Verdict::Fine);
+            assert_eq!(watch.look(now, &progress(0, 0, 100), 0, CopyMode::Background, true, false), Verdict::Fine);
         }
     }
 
@@ -176,7 +178,7 @@ mod tests {
             for second in 0..5_u64 {
                 // What is copied grows, but so does what is to be copied.
                 let seen = progress(1000 + second, 1000 + second + rest, second);
-                verdict = watch.look(start + SECOND * second as u32, &seen, CopyMode::Background, ready, false);
+                verdict = watch.look(start + SECOND * second as u32, &seen, 0, CopyMode::Background, ready, false);
             }
             assert_eq!(verdict, Verdict::Outrun, "{ready}");
         }
@@ -189,7 +191,7 @@ mod tests {
         for second in 0..100_u64 {
             let now = start + SECOND * second as u32;
             let seen = progress(second + 1, 1000, second);
-            assert_eq!(watch.look(now, &seen, CopyMode::Background, false, false), Verdict::Fine);
+            assert_eq!(watch.look(now, &seen, 0, CopyMode::Background, false, false), Verdict::Fine);
         }
     }
 }

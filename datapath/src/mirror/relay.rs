@@ -12,6 +12,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
+use super::zeroes::Ahead;
+
 /// How often a listener that is not there yet is tried: xapi binds its proxy's socket in a thread that may start after
 /// the call (xen-api `ocaml/xapi/storage_smapiv3_migrate.ml`).
 const RETRY: Duration = Duration::from_millis(50);
@@ -77,17 +79,23 @@ async fn open(address: &Address) -> io::Result<Box<dyn Stream>> {
     })
 }
 
-/// The bytes that went through a relay, each way.
+/// What went through a relay.
 #[derive(Debug, Default)]
 pub struct Counters {
     sent: AtomicU64,
     received: AtomicU64,
+    answered: AtomicU64,
 }
 
 impl Counters {
     /// Gives the bytes sent to the peer and received from it.
     pub fn read(&self) -> (u64, u64) {
         (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+
+    /// Gives the number of requests that were answered in the peer's place.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 }
 
@@ -101,15 +109,16 @@ impl Relay {
     /// Listens at `socket` for QEMU's NBD client, and connects it to the peer.
     ///
     /// The client is greeted as the peer greeted us. It answers with its flags, which the peer has had from us
-    /// already; from there on every byte is passed on.
+    /// already; from there on every byte is passed on, but for the zeroes that come first where the peer `is_blank`
+    /// (see [`super::zeroes`]).
     ///
     /// # Errors
     ///
     /// When the socket cannot be made.
-    pub fn start(peer: Peer, socket: &Path) -> Result<Self> {
+    pub fn start(peer: Peer, socket: &Path, is_blank: bool) -> Result<Self> {
         let listener = UnixListener::bind(socket).map_err(Error::on("listening at", socket))?;
         let counters = Arc::new(Counters::default());
-        let task = tokio::spawn(run(peer, listener, Arc::clone(&counters)));
+        let task = tokio::spawn(run(peer, listener, is_blank, Arc::clone(&counters)));
         Ok(Self { task, counters })
     }
 
@@ -144,7 +153,7 @@ impl Drop for Relay {
 }
 
 /// Greets the client and pumps.
-async fn run(peer: Peer, listener: UnixListener, counters: Arc<Counters>) -> io::Result<()> {
+async fn run(peer: Peer, listener: UnixListener, is_blank: bool, counters: Arc<Counters>) -> io::Result<()> {
     let (mut client, _) = listener.accept().await?;
     drop(listener);
     client.write_all(&peer.greeting.to_bytes()).await?;
@@ -153,9 +162,26 @@ async fn run(peer: Peer, listener: UnixListener, counters: Arc<Counters>) -> io:
     if flags != peer.greeting.client_flags().to_bytes() {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("QEMU's NBD client sent flags {flags:?}")));
     }
-    let (from_client, to_client) = client.into_split();
-    let (from_peer, to_peer) = tokio::io::split(peer.stream);
-    let sending = pump(from_client, to_peer, &counters.sent);
+    let (from_client, mut to_client) = client.into_split();
+    let (mut from_peer, mut to_peer) = tokio::io::split(peer.stream);
+    let mut ahead = Ahead::new(from_client);
+    if is_blank {
+        let goes_on = tokio::select! {
+            // Both have been told everything that the other said when a request comes: the client waits for the answer
+            // to its last option. So dropping the pump then loses nothing.
+            goes_on = ahead.pass_options(&mut to_peer, &counters.sent) => goes_on?,
+            result = pump(&mut from_peer, &mut to_client, &counters.received) => return result,
+        };
+        if goes_on {
+            ahead.answer_zeroes(&mut to_client, &counters.answered).await?;
+        }
+    }
+    let (looked_at, from_client) = ahead.into_parts();
+    let sending = async {
+        send(&mut to_peer, &looked_at, &counters.sent).await?;
+        drop(looked_at);
+        pump(from_client, to_peer, &counters.sent).await
+    };
     let receiving = pump(from_peer, to_client, &counters.received);
     tokio::pin!(sending, receiving);
     tokio::select! {
@@ -176,19 +202,22 @@ async fn pump(
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
-        let length = reader.read(&mut buffer).await?;
-        if length == 0 {
-            return writer.shutdown().await;
-        }
-        let mut written = 0;
-        while written < length {
-            let part = writer.write(&buffer[written..length]).await?;
-            if part == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            written += part;
-            // Counted as it goes, so that a slow peer is not taken for one that hangs.
-            count.fetch_add(part as u64, Ordering::Relaxed);
+        match reader.read(&mut buffer).await? {
+            0 => return writer.shutdown().await,
+            length => send(&mut writer, &buffer[..length], count).await?,
         }
     }
+}
+
+/// Writes bytes, each counted as it goes, so that a slow peer is not taken for one that hangs.
+async fn send(writer: &mut (impl AsyncWrite + Unpin), mut bytes: &[u8], count: &AtomicU64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let part = writer.write(bytes).await?;
+        if part == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        count.fetch_add(part as u64, Ordering::Relaxed);
+        bytes = &bytes[part..];
+    }
+    Ok(())
 }

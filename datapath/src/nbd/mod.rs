@@ -14,7 +14,8 @@ use plugin::error::Error;
 const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-const REPLY_MAGIC: u32 = 0x6744_6698;
+/// What begins every simple reply.
+pub const REPLY_MAGIC: u32 = 0x6744_6698;
 
 /// What begins every request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
@@ -36,7 +37,8 @@ pub const WRITE: u16 = 1;
 /// NBD_CMD_DISC: the goodbye, which has no answer.
 pub const DISCONNECT: u16 = 2;
 const FLUSH: u16 = 3;
-const WRITE_ZEROES: u16 = 6;
+/// NBD_CMD_WRITE_ZEROES: a request that writes without a payload.
+pub const WRITE_ZEROES: u16 = 6;
 
 const IS_READ_ONLY: u16 = 1 << 1;
 const SENDS_FLUSH: u16 = 1 << 2;

@@ -13,9 +13,14 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{Domain, VolumeKey};
 use crate::lock::FileLock;
+use crate::store::Sr;
 
 /// Seconds that a supervisor gets beyond the time for the drain itself; cutting a connection takes milliseconds.
 const MARGIN: Duration = Duration::from_secs(10);
+
+/// What it gets beyond that to compare the two ends, where that is asked for: the supervisor itself gives up on a peer
+/// that stops answering.
+const COMPARE: Duration = Duration::from_secs(6 * 60 * 60);
 
 /// Seconds that a killed supervisor gets to be gone.
 const KILL: Duration = Duration::from_secs(10);
@@ -47,7 +52,12 @@ pub fn end_unless_running(host: &Host, record: &MirrorRecord, reason: &str) -> R
 fn end_begun(host: &Host, record: MirrorRecord, how: How, reason: &str) -> Result<MirrorRecord> {
     if record.is_running(host) {
         let patience = match how {
-            How::Finish => Duration::from_secs(host.settings()?.drain_seconds) + MARGIN,
+            How::Finish => {
+                let settings = host.settings()?;
+                let is_compared = settings.verify || Sr::verifies(host, record.sr);
+                let compare = if is_compared { COMPARE } else { Duration::ZERO };
+                Duration::from_secs(settings.drain_seconds) + MARGIN + compare
+            }
             How::Cancel => MARGIN,
         };
         let request = EndRequest { end: how, reason: reason.to_owned() };

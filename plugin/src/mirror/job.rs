@@ -16,6 +16,12 @@ pub const TARGET_NODE: &str = "mirror-target";
 /// The node above it that cuts a larger destination to the source's size.
 pub const SIZED_NODE: &str = "mirror-sized";
 
+/// The two nodes of a layer that is sent by a job of its own, the upper one first.
+pub const LAYER_NODES: [&str; 2] = ["mirror-layer", "mirror-layer-file"];
+
+/// The exports by which source and target are compared.
+pub const COMPARED: [&str; 2] = ["mirror-source", "mirror-target"];
+
 /// What QEMU says of a job (QAPI JobInfo).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobInfo {
@@ -45,14 +51,38 @@ pub async fn query(client: &Client) -> Result<Option<JobInfo>> {
     }))
 }
 
-/// Removes the job, which must have lost its peer, and the target's nodes; what is not there is no error.
+/// Removes the job, which must have ended or lost its peer, and everything else of a mirror; what is not there is no
+/// error.
 ///
 /// # Errors
 ///
-/// When the daemon does not answer, or the job does not end in `attempts` looks of 10 ms each.
+/// When the daemon does not answer, or something does not go in `attempts` looks of 10 ms each.
 pub async fn clear(client: &Client, attempts: u32) -> Result<()> {
     end(client, attempts).await?;
-    remove_nodes(client).await
+    remove_exports(client, attempts).await?;
+    let [layer, file] = LAYER_NODES;
+    remove_nodes(client, &[SIZED_NODE, TARGET_NODE, layer, file]).await
+}
+
+/// Removes the job, which has ended well, and its nodes: what is left of a mirror that was not compared.
+///
+/// # Errors
+///
+/// As [`clear`].
+pub async fn finish(client: &Client, attempts: u32) -> Result<()> {
+    end(client, attempts).await?;
+    remove_nodes(client, &[SIZED_NODE, TARGET_NODE]).await
+}
+
+/// Removes the job of one layer, which has ended, and what only that needed; the target stays.
+///
+/// # Errors
+///
+/// As [`clear`].
+pub async fn clear_layer(client: &Client, attempts: u32) -> Result<()> {
+    end(client, attempts).await?;
+    let [layer, file] = LAYER_NODES;
+    remove_nodes(client, &[SIZED_NODE, layer, file]).await
 }
 
 /// Ends the job, whatever of it is left undone, and keeps the target's nodes; no job is no error.
@@ -81,12 +111,31 @@ pub async fn end(client: &Client, attempts: u32) -> Result<()> {
     Err(Error::Timeout { doing: "ending the mirror's block job".to_owned(), seconds: u64::from(attempts / 100) })
 }
 
-/// Removes the target's nodes, outermost first; the NBD client says goodbye to its server.
-async fn remove_nodes(client: &Client) -> Result<()> {
+/// Removes the exports by which source and target are compared, and cuts off who reads them.
+async fn remove_exports(client: &Client, attempts: u32) -> Result<()> {
+    for _ in 0..attempts {
+        let exports = client.execute("query-block-exports", json!({})).await?;
+        let exports = exports.as_array().map(Vec::as_slice).unwrap_or_default();
+        let ours = exports.iter().filter_map(|export| export["id"].as_str()).filter(|id| COMPARED.contains(id));
+        let ours: Vec<&str> = ours.collect();
+        if ours.is_empty() {
+            return Ok(());
+        }
+        for id in ours {
+            // Refused for one that is going already.
+            let _ = client.execute("block-export-del", json!({"id": id, "mode": "hard"})).await;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    Err(Error::Timeout { doing: "removing a mirror's exports".to_owned(), seconds: u64::from(attempts / 100) })
+}
+
+/// Removes nodes that are there, in the order given: outermost first. The NBD client says goodbye to its server.
+async fn remove_nodes(client: &Client, names: &[&str]) -> Result<()> {
     let nodes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
-    for name in [SIZED_NODE, TARGET_NODE] {
+    for name in names {
         let is_there =
-            |nodes: &Value| nodes.as_array().is_some_and(|nodes| nodes.iter().any(|node| node["node-name"] == name));
+            |nodes: &Value| nodes.as_array().is_some_and(|nodes| nodes.iter().any(|node| node["node-name"] == *name));
         if is_there(&nodes) {
             client.execute("blockdev-del", json!({"node-name": name})).await?;
         }

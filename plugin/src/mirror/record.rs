@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::plan::Plan;
 use crate::error::{Error, Result};
 use crate::host::{Host, Process};
 use crate::id::{Domain, MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
@@ -63,14 +64,37 @@ pub enum CopyMode {
 /// What was copied and sent so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Bytes copied, of [`Self::length`]; both grow while a guest writes.
+    /// Bytes copied by the running job, of [`Self::length`]; both grow while a guest writes.
     pub offset: u64,
-    /// Bytes to copy.
+    /// Bytes that it has to copy.
     pub length: u64,
     /// Bytes sent to the peer, the protocol's own included.
     pub sent: u64,
     /// Bytes received from the peer.
     pub received: u64,
+    /// How much of the mirror earlier jobs were, in millionths: one that sends several layers has a job for each.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub earlier: u32,
+    /// How much of it later jobs will be.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub later: u32,
+}
+
+/// What [`Progress::earlier`] and [`Progress::later`] are parts of.
+pub const WHOLE: u32 = 1_000_000;
+
+impl Progress {
+    /// Gives how much of the mirror is done, from 0 to 1.
+    pub fn fraction(&self) -> f64 {
+        let part = if self.length == 0 { 0.0 } else { self.offset as f64 / self.length as f64 };
+        let running = f64::from(WHOLE.saturating_sub(self.earlier).saturating_sub(self.later));
+        (f64::from(self.earlier) + running * part) / f64::from(WHOLE)
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn is_zero(part: &u32) -> bool {
+    *part == 0
 }
 
 /// The record of a mirror, `<run>/mirrors/<key>/state.json`.
@@ -118,9 +142,12 @@ pub struct MirrorRecord {
     /// What the caller said of itself, for Task.stat.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub debug_info: String,
-    /// What the destination said of its export, for the log.
+    /// What the destination said of its export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
+    /// What of the source is sent, once the destination was asked; of a copy nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
     /// Its supervisor, once that runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub supervisor: Option<Process>,
@@ -157,6 +184,7 @@ impl MirrorRecord {
             copy: false,
             debug_info: String::new(),
             description: None,
+            plan: None,
             supervisor: None,
             started: now(),
             updated: 0,
@@ -270,8 +298,7 @@ impl MirrorRecord {
             Phase::Starting | Phase::Connecting => DataStatus::running(0.0),
             Phase::Copying | Phase::Draining => {
                 // Never 1: that it is done is said by `complete` alone.
-                let Progress { offset, length, .. } = record.progress;
-                DataStatus::running(if length == 0 { 0.0 } else { (offset as f64 / length as f64).min(0.999) })
+                DataStatus::running(record.progress.fraction().min(0.999))
             }
         }
     }
@@ -316,7 +343,7 @@ pub(super) mod tests {
             live: true,
             phase,
             was_complete: matches!(phase, Phase::Ready | Phase::Draining | Phase::Finished),
-            progress: Progress { offset: 1, length: 2, sent: 0, received: 0 },
+            progress: Progress { offset: 1, length: 2, ..Progress::default() },
             supervisor: Some(Process::current(host).unwrap()),
             started: 1,
             updated: 1,
@@ -340,6 +367,20 @@ pub(super) mod tests {
         let mut record = sample(&host, Phase::Finished);
         record.supervisor = None;
         assert!(said(&record, &host).contains(r#""complete":true"#));
+    }
+
+    #[test]
+    fn the_progress_of_several_jobs_goes_on_where_the_last_one_ended() {
+        let mut last = -1.0;
+        for (earlier, later) in [(0, 700_000), (300_000, 100_000), (900_000, 0)] {
+            for offset in 0..=4 {
+                let fraction = Progress { offset, length: 4, earlier, later, ..Progress::default() }.fraction();
+                assert!(fraction >= last && fraction <= 1.0, "{fraction} after {last}");
+                last = fraction;
+            }
+        }
+        assert!((last - 1.0).abs() < 1e-9);
+        assert_eq!(Progress::default().fraction(), 0.0);
     }
 
     #[test]

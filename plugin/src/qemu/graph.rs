@@ -221,7 +221,7 @@ pub async fn flush(client: &Client, top: NodeId, backing: Option<NodeId>) -> Res
 
 /// Opens the top anew as it is, for a mode.
 async fn reopen(client: &Client, top: NodeId, backing: Option<NodeId>, mode: Mode) -> Result<()> {
-    let mut options = format_options(top, mode);
+    let mut options = format_options([&node_name(top), &file_name(top)], mode);
     options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
     client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
 }
@@ -275,10 +275,31 @@ pub async fn resize(client: &Client, top: NodeId, bytes: u64) -> Result<()> {
     client.execute("block_resize", json!({"node-name": node_name(top), "size": bytes})).await.map(drop)
 }
 
+/// Opens the file of a chain's inner node a second time, for reading, over the node that its parent has already: a
+/// root, as a job's source must be. The two nodes get the names given, the upper one's first.
+///
+/// # Errors
+///
+/// When it cannot be opened; one of the two nodes may then be there.
+pub async fn add_root(client: &Client, image: &Image, parent: NodeId, names: [&str; 2]) -> Result<()> {
+    add_nodes(client, image, Mode::ReadOnly, names, Some(parent)).await
+}
+
 /// Adds an image's two nodes. `backing` is a node that is there already; never what a header says.
 async fn add_image(client: &Client, image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<()> {
+    add_nodes(client, image, mode, [&node_name(image.node), &file_name(image.node)], backing).await
+}
+
+/// Adds an image's two nodes under the names given, the upper one's first.
+async fn add_nodes(
+    client: &Client,
+    image: &Image,
+    mode: Mode,
+    [name, file_name]: [&str; 2],
+    backing: Option<NodeId>,
+) -> Result<()> {
     let mut file = json!({
-        "driver": "file", "node-name": file_name(image.node), "filename": image.filename()?,
+        "driver": "file", "node-name": file_name, "filename": image.filename()?,
         "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
         "cache": {"direct": allows_direct(&image.path)}, "aio": "io_uring",
     });
@@ -287,15 +308,15 @@ async fn add_image(client: &Client, image: &Image, mode: Mode, backing: Option<N
         file["aio"] = "threads".into();
         client.execute("blockdev-add", &file).await?;
     }
-    let mut options = format_options(image.node, mode);
+    let mut options = format_options([name, file_name], mode);
     options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
     client.execute("blockdev-add", options).await.map(drop)
 }
 
 /// Gives the options of an image's qcow2 node, without its backing.
-fn format_options(node: NodeId, mode: Mode) -> Value {
+fn format_options([name, file_name]: [&str; 2], mode: Mode) -> Value {
     json!({
-        "driver": "qcow2", "node-name": node_name(node), "file": file_name(node),
+        "driver": "qcow2", "node-name": name, "file": file_name,
         "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
         // Zeroes that a guest writes take no space.
         "detect-zeroes": if mode == Mode::ReadWrite { "unmap" } else { "off" },
