@@ -8,7 +8,7 @@ use plugin::activation;
 use plugin::attachment::Attachment;
 use plugin::host::Host;
 use plugin::id::{Domain, VolumeUri};
-use plugin::store::Mode;
+use plugin::store::{Blank, Mode, Unit};
 use serde_json::{Value, json};
 use support::{Bench, Guest, MIB, assert_reads, key, write, write_zeroes};
 
@@ -203,13 +203,9 @@ fn a_chain_that_would_be_too_long_is_refused() {
     for _ in 1..plugin::store::compose::MAX_CHAIN {
         let node = uuid::Uuid::new_v4().to_string();
         let directory = bench.tree_directory(&parent);
-        plugin::qemu::img::create_overlay(
-            &directory.join(format!("{node}.qcow2")),
-            &format!("{below}.qcow2"),
-            MIB,
-            None,
-        )
-        .unwrap();
+        let backing = format!("{below}.qcow2");
+        let blank = Blank { virtual_size: MIB, backing: Some(&backing), unit: Unit::Cluster };
+        blank.create(&directory.join(format!("{node}.qcow2"))).unwrap();
         tree["nodes"][&node] = json!({"parent": below, "virtual_size": MIB});
         below = node;
     }

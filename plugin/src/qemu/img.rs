@@ -2,8 +2,7 @@
 //!
 //! Only its JSON is read, formats are always given, and no header is followed to another file.
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -16,7 +15,6 @@ use super::program::{self, Output};
 use super::{Image, chain_filename};
 use crate::error::{Error, Result};
 use crate::lock::FileLock;
-use crate::record::sync_directory;
 
 /// How long qemu-img may take for what touches only metadata.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -26,13 +24,6 @@ const LONG_PATIENCE: Duration = Duration::from_secs(3600);
 
 /// How long qemu-img may take for what copies all of an image.
 const COPY_PATIENCE: Duration = Duration::from_secs(7 * 24 * 3600);
-
-/// How images are made: qcow2 version 3, and nothing that another reader of the chain might not know.
-const CREATE_OPTIONS: &str = "compat=1.1,lazy_refcounts=off,preallocation=off";
-
-/// How images are made that remember for each sector whether it was written: subclusters of 512 bytes, a 32nd of a
-/// cluster.
-const SECTOR_OPTIONS: &str = "compat=1.1,lazy_refcounts=off,preallocation=off,cluster_size=16k,extended_l2=on";
 
 /// What qemu-img says of one image, its backing not opened.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -125,83 +116,10 @@ pub struct Check {
     pub leaks: u64,
 }
 
-/// Makes an empty image that is durable, name and all, when the call returns.
+/// Gives an image that nobody has open a larger virtual size, durably; one that has it already is left alone.
 ///
 /// A lock that is given is held until qemu-img has ended, even when this process is killed before: the next holder
 /// must not meet it at work.
-///
-/// # Errors
-///
-/// When there is a file already, which is not touched; [`Error::NoSpace`]; else what qemu-img says. Nothing is
-/// left behind.
-pub fn create(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
-    create_with(path, virtual_size, CREATE_OPTIONS, None, lock)
-}
-
-/// Makes an empty overlay on an image in the same directory, known by its file name; otherwise as [`create`].
-///
-/// The backing image is not opened: its file name and format go into the header as they are.
-///
-/// # Errors
-///
-/// As [`create`].
-pub fn create_overlay(path: &Path, backing_name: &str, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
-    create_with(path, virtual_size, CREATE_OPTIONS, Some(backing_name), lock)
-}
-
-/// Makes an empty overlay that remembers for each sector of 512 bytes whether it was written; otherwise as
-/// [`create_overlay`].
-///
-/// Where a sector of another overlay is written, its whole cluster is filled from what lies below at that time.
-///
-/// # Errors
-///
-/// As [`create`].
-pub fn create_sector_overlay(path: &Path, backing: &str, virtual_size: u64, lock: Option<&FileLock>) -> Result<()> {
-    create_with(path, virtual_size, SECTOR_OPTIONS, Some(backing), lock)
-}
-
-/// Makes an image with or without a backing string.
-fn create_with(
-    path: &Path,
-    virtual_size: u64,
-    options: &str,
-    backing: Option<&str>,
-    lock: Option<&FileLock>,
-) -> Result<()> {
-    // qemu-img would empty an existing file, and would give a new one the caller's umask.
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(Error::on("creating", path))?;
-    let made = fill_new(path, virtual_size, options, backing, lock);
-    if made.is_err() {
-        drop(fs::remove_file(path));
-    }
-    made
-}
-
-/// Makes an image in a file that is there and empty.
-fn fill_new(
-    path: &Path,
-    virtual_size: u64,
-    options: &str,
-    backing: Option<&str>,
-    lock: Option<&FileLock>,
-) -> Result<()> {
-    let mut command = qemu_img("create")?;
-    command.args(["-q", "-f", "qcow2", "-o", options]);
-    if let Some(name) = backing {
-        command.args(["-u", "-F", "qcow2", "-b", name]);
-    }
-    command.arg("--").arg(path).arg(virtual_size.to_string());
-    finish(&mut command, lock, "qemu-img create", path, PATIENCE)?;
-    sync(path)?;
-    match path.parent() {
-        Some(directory) => sync_directory(directory),
-        None => Ok(()),
-    }
-}
-
-/// Gives an image that nobody has open a larger virtual size, durably; one that has it already is left alone. The
-/// lock is held as in [`create`].
 ///
 /// # Errors
 ///
@@ -214,7 +132,7 @@ pub fn resize(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result
 }
 
 /// Gives an image that nobody has open another backing string, durably; its data is left as it is, and neither its old
-/// backing nor the new one is opened. The lock is held as in [`create`].
+/// backing nor the new one is opened. The lock is held as in [`resize`].
 ///
 /// # Errors
 ///
@@ -227,7 +145,7 @@ pub fn rebase(path: &Path, backing_name: &str, lock: Option<&FileLock>) -> Resul
 }
 
 /// Copies all that an NBD server exports at a Unix socket into an image that is there, empty and as large; zeroes and
-/// what the server says is unallocated are left out. Durable when it returns. The lock is held as in [`create`].
+/// what the server says is unallocated are left out. Durable when it returns. The lock is held as in [`resize`].
 ///
 /// # Errors
 ///
@@ -324,44 +242,19 @@ fn sync(path: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use crate::id::NodeId;
+    use crate::store::{Blank, Unit};
 
     const MIB: u64 = 1 << 20;
 
-    #[test]
-    fn a_new_image_has_the_size_and_the_format_asked_for() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a, b:c=d.qcow2");
-        create(&path, 3 * MIB, None).unwrap();
-        let info = info(&path).unwrap();
-        assert_eq!((info.virtual_size, info.qcow2().compat.as_str()), (3 * MIB, "1.1"));
-        assert_eq!((info.backing_filename, info.snapshots.len()), (None, 0));
-        assert_eq!(check(&path).unwrap(), Check::default());
-    }
-
-    #[test]
-    fn a_file_that_is_there_is_not_overwritten() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.qcow2");
-        fs::write(&path, "precious").unwrap();
-        assert!(create(&path, MIB, None).is_err());
-        assert_eq!(fs::read(&path).unwrap(), b"precious");
-    }
-
-    #[test]
-    fn an_overlay_names_its_backing_which_need_not_be_there() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("top.qcow2");
-        create_overlay(&path, "base.qcow2", MIB, None).unwrap();
-        let info = info(&path).unwrap();
-        assert_eq!(info.backing_filename.as_deref(), Some("base.qcow2"));
-        assert_eq!(info.backing_filename_format.as_deref(), Some("qcow2"));
+    fn blank(path: &Path, backing: Option<&str>) {
+        Blank { virtual_size: MIB, backing, unit: Unit::Cluster }.create(path).unwrap();
     }
 
     #[test]
     fn an_image_grows_and_does_not_shrink() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.qcow2");
-        create(&path, MIB, None).unwrap();
+        blank(&path, None);
         for _ in 0..2 {
             resize(&path, 5 * MIB, None).unwrap();
             assert_eq!(info(&path).unwrap().virtual_size, 5 * MIB);
@@ -379,8 +272,8 @@ mod tests {
             virtual_size: MIB,
         };
         let (top, base) = (image("top"), image("base"));
-        create(&base.path, MIB, None).unwrap();
-        create_overlay(&top.path, "nowhere.qcow2", MIB, None).unwrap();
+        blank(&base.path, None);
+        blank(&top.path, Some("nowhere.qcow2"));
         let extents = map(&[top, base]).unwrap();
         assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), MIB);
         assert!(extents.iter().all(|extent| extent.zero && !extent.data && !extent.present));
@@ -390,7 +283,7 @@ mod tests {
     fn a_rebased_image_names_its_new_backing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.qcow2");
-        create_overlay(&path, "nowhere.qcow2", MIB, None).unwrap();
+        blank(&path, Some("nowhere.qcow2"));
         rebase(&path, "elsewhere.qcow2", None).unwrap();
         assert_eq!(info(&path).unwrap().backing_filename.as_deref(), Some("elsewhere.qcow2"));
     }

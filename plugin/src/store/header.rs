@@ -195,12 +195,16 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::qemu::img;
+    use crate::store::{Blank, Unit};
+
+    fn blank(backing: Option<&str>) -> Blank<'_> {
+        Blank { virtual_size: 1 << 20, backing, unit: Unit::Cluster }
+    }
 
     /// Makes an overlay named `top` on a name `base`, and gives its bytes.
     fn overlay(directory: &Path) -> (std::path::PathBuf, Vec<u8>) {
         let path = directory.join("top.qcow2");
-        img::create_overlay(&path, "base.qcow2", 1 << 20, None).unwrap();
+        blank(Some("base.qcow2")).create(&path).unwrap();
         let bytes = fs::read(&path).unwrap();
         (path, bytes)
     }
@@ -225,7 +229,7 @@ mod tests {
             assert!(header.check_backing(other).unwrap_err().contains("base.qcow2"));
         }
         let root = directory.path().join("root.qcow2");
-        img::create(&root, 1 << 20, None).unwrap();
+        blank(None).create(&root).unwrap();
         assert_eq!(Header::read(&root).unwrap().check_backing(None), Ok(()));
     }
 

@@ -179,6 +179,7 @@ impl LockedTree {
                 for key in change.volumes.keys() {
                     self.sr().link(*key, self.id)?;
                 }
+                self.sr().sync_links()?;
                 self.commit(plan::rolled_forward(&self.tree))
             }
             Outcome::Undone => {

@@ -1,11 +1,14 @@
 //! A tree that was read, and one whose lock is held.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::ops::Deref;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::allocation::Allocation;
+use super::blank::{Blank, Unit};
 use super::header::Header;
 use super::sr::{OLD, Sr};
 use super::tree::{Change, Tree, Volume};
@@ -13,7 +16,7 @@ use super::{garbage, plan};
 use crate::error::{Error, Result};
 use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
-use crate::qemu::{Image, img};
+use crate::qemu::Image;
 use crate::record::{self, Durability};
 
 /// How the name of a node's file ends.
@@ -190,18 +193,27 @@ impl LockedTree {
     }
 
     fn make_files(&self, change: &Change) -> Result<()> {
+        let mut files = Vec::new();
         for (id, node) in &change.nodes {
             let path = node_path(&self.directory, *id);
-            match node.parent {
-                Some(parent) => {
-                    let by_sector = self.is_idle_move(change, *id) && self.is_blank(parent)?;
-                    let create = if by_sector { img::create_sector_overlay } else { img::create_overlay };
-                    create(&path, &file_name(parent), node.virtual_size, Some(&self.lock))?;
-                }
-                None => img::create(&path, node.virtual_size, Some(&self.lock))?,
-            }
+            let backing = node.parent.map(file_name);
+            let by_sector = match node.parent {
+                Some(parent) => self.is_idle_move(change, *id) && self.is_blank(parent)?,
+                None => false,
+            };
+            let unit = if by_sector { Unit::Sector } else { Unit::Cluster };
+            let blank = Blank { virtual_size: node.virtual_size, backing: backing.as_deref(), unit };
+            files.push((blank.write(&path)?, path));
         }
-        change.volumes.keys().try_for_each(|key| self.sr.link(*key, self.id))
+        change.volumes.keys().try_for_each(|key| self.sr.link(*key, self.id))?;
+        // Only now, when everything is there: a journal takes it in one go.
+        for (file, path) in &files {
+            file.sync_all().map_err(Error::on("syncing", path))?;
+        }
+        if !files.is_empty() {
+            record::sync_directory(&self.directory)?;
+        }
+        if change.volumes.is_empty() { Ok(()) } else { self.sr.sync_links() }
     }
 
     /// Tells whether a volume that nobody has active moves to a node. xapi snapshots a fresh disk before it activates
@@ -376,12 +388,16 @@ pub(super) fn read(directory: &Path) -> Result<Option<Tree>> {
     }
 }
 
-/// Writes the record of a new tree.
-pub(super) fn write_first(directory: &Path, tree: &Tree) -> Result<()> {
+/// Writes the record of a new tree, which nobody reads yet, and gives it to be synced.
+pub(super) fn write_first(directory: &Path, tree: &Tree) -> Result<File> {
     tree.check().map_err(|reason| Error::Internal(format!("a new tree is wrong: {reason}")))?;
     let bytes = record::encode(tree)?;
     record::reserve(&spare_path(directory), spare_size(bytes.len()))?;
-    record::replace(&record_path(directory), &bytes, Durability::Durable)
+    let path = record_path(directory);
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create_new(true).mode(0o600).open(&path).map_err(Error::on("creating", &path))?;
+    (&file).write_all(&bytes).map_err(Error::on("writing", &path))?;
+    Ok(file)
 }
 
 /// Gives the size of the spare file for a record: room for it to grow by a few volumes before the next time.

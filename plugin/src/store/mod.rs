@@ -22,6 +22,7 @@
 //! tree, attachment, and none is held across a job.
 
 mod allocation;
+mod blank;
 mod changed;
 pub mod compose;
 mod garbage;
@@ -38,6 +39,7 @@ mod tree;
 mod uri;
 
 pub use allocation::BLOCK;
+pub use blank::{Blank, Unit};
 pub use changed::Bitmap;
 pub use header::Header;
 pub use locked::{LoadedTree, LockedTree};

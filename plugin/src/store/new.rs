@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+use super::blank::{Blank, Unit};
 use super::garbage;
 use super::locked::{self, LoadedTree, file_name, node_path};
 use super::sr::{NEW, OLD, Sr, make_directory};
@@ -61,21 +62,24 @@ impl<'sr> NewTree<'sr> {
     ///
     /// When a step fails; nothing is left of it then.
     pub fn commit(self, tree: Tree) -> Result<LoadedTree> {
-        let size = tree.nodes.values().next().map_or(0, |node| node.virtual_size);
-        self.commit_filled(tree, |path, lock| img::create(path, size, Some(lock)))
+        self.commit_filled(tree, |_, _| Ok(()))
     }
 
-    /// Puts the tree in place as [`Self::commit`] does; `make` makes the file of its one node, durably.
+    /// Puts the tree in place as [`Self::commit`] does; `fill` fills the blank file of its one node first, durably.
     ///
     /// # Errors
     ///
     /// When a step fails; nothing is left of it then.
-    pub fn commit_filled(self, tree: Tree, make: impl Fn(&Path, &FileLock) -> Result<()>) -> Result<LoadedTree> {
+    pub fn commit_filled(self, tree: Tree, fill: impl Fn(&Path, &FileLock) -> Result<()>) -> Result<LoadedTree> {
         let made = self.directory()?;
-        for id in tree.nodes.keys() {
-            make(&node_path(&made, *id), &self.lock)?;
+        let mut files = Vec::new();
+        for (id, node) in &tree.nodes {
+            let path = node_path(&made, *id);
+            let blank = Blank { virtual_size: node.virtual_size, backing: None, unit: Unit::Cluster };
+            files.push(blank.write(&path)?);
+            fill(&path, &self.lock)?;
         }
-        self.put_in_place(made, tree)
+        self.put_in_place(made, tree, &files)
     }
 
     /// Puts a tree in place whose one volume is a copy of a chain, given with the new nodes in its order; the new files
@@ -98,19 +102,26 @@ impl<'sr> NewTree<'sr> {
                 img::rebase(&node_path(&made, *id), &file_name(parent), Some(&self.lock))?;
             }
         }
-        self.put_in_place(made, tree).map(|_| true)
+        self.put_in_place(made, tree, &[]).map(|_| true)
     }
 
     fn directory(&self) -> Result<PathBuf> {
         self.directory.clone().ok_or_else(|| Error::Internal("a tree was committed twice".to_owned()))
     }
 
-    fn put_in_place(mut self, made: PathBuf, tree: Tree) -> Result<LoadedTree> {
-        locked::write_first(&made, &tree)?;
+    /// Writes the record, and renames the directory once that, its files and all names in it are durable.
+    fn put_in_place(mut self, made: PathBuf, tree: Tree, files: &[File]) -> Result<LoadedTree> {
+        let record = locked::write_first(&made, &tree)?;
         for key in tree.volumes.keys() {
             self.linked.push(*key);
             self.sr.link(*key, self.id)?;
         }
+        // Only now, when everything is there: a journal takes it in one go.
+        for file in files.iter().chain([&record]) {
+            file.sync_all().map_err(Error::on("syncing what is in", &made))?;
+        }
+        record::sync_directory(&made)?;
+        self.sr.sync_links()?;
         let directory = self.sr.tree_directory(self.id);
         fs::rename(&made, &directory).map_err(Error::on("renaming", &made))?;
         self.directory = Some(directory.clone());

@@ -487,13 +487,18 @@ impl Sr {
             .ok_or_else(|| Error::DamagedRecord { path: link, reason: "it does not point to a tree".to_owned() })
     }
 
-    /// Makes the symlink by which a volume is found, durably.
+    /// Makes the symlink by which a volume is found; [`Self::sync_links`] makes it durable.
     pub(super) fn link(&self, key: VolumeKey, id: TreeId) -> Result<()> {
         let link = self.volume_link(key);
         match std::os::unix::fs::symlink(format!("../trees/{id}"), &link) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && self.tree_of(key)? == Some(id) => {}
             result => result.map_err(Error::on("making symlink", &link))?,
         }
+        Ok(())
+    }
+
+    /// Makes the volumes' symlinks durable.
+    pub(super) fn sync_links(&self) -> Result<()> {
         record::sync_directory(&self.path.join("volumes"))
     }
 

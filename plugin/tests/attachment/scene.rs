@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use plugin::attachment::Attachment;
 use plugin::host::Host;
 use plugin::id::{Domain, NodeId, SrUuid, VolumeKey, VolumeUri};
-use plugin::qemu::{Image, block_on, img};
-use plugin::store::Mode;
+use plugin::qemu::{Image, block_on};
+use plugin::store::{Blank, Mode, Unit};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -52,7 +52,8 @@ impl Scene {
     pub fn image_in(&self, directory: &Path) -> Image {
         let node = NodeId::random();
         let path = directory.join(format!("{node}.qcow2"));
-        img::create_overlay(&path, "nowhere.qcow2", SIZE, None).unwrap();
+        let backing = Some("nowhere.qcow2");
+        Blank { virtual_size: SIZE, backing, unit: Unit::Cluster }.create(&path).unwrap();
         Image { node, path, virtual_size: SIZE }
     }
 

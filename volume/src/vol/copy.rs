@@ -54,10 +54,8 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
         let uri = VolumeUri { sr: sr.record.uuid, volume: key };
         let data = Tree::of_one(copy, volume, virtual_size);
         read_through(host, uri, |socket| {
-            NewTree::begin(&destination)?.commit_filled(data, |path, lock| {
-                img::create(path, virtual_size, Some(lock))?;
-                img::copy_export(socket, &key.to_string(), path, Some(lock))
-            })
+            NewTree::begin(&destination)?
+                .commit_filled(data, |path, lock| img::copy_export(socket, &key.to_string(), path, Some(lock)))
         })?;
     }
     destination.stat(copy)
