@@ -224,6 +224,11 @@ impl Error {
         move |source| Self::io(format!("{verb} {}", path.as_ref().display()), source.into())
     }
 
+    /// Tells whether this is the storage daemon's answer to a command that it did not execute.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Qmp { .. } | Self::NoSpace { .. })
+    }
+
     /// Gives the error code and parameters that xapi passes on to its user.
     ///
     /// Codes are XenServer's `SR_BACKEND_FAILURE_<n>`, numbered as in sm's `XE_SR_ERRORCODES.xml`, with the

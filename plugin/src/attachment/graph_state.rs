@@ -54,10 +54,16 @@ impl Attachment {
         self.state.open = Some(Open { mode, nodes, overlay: None, phase: Phase::Opening });
         self.save()?;
         let name = self.export_name();
-        // A call that was killed before its record was written may have left nodes.
-        graph::close(client).await?;
         let export = Export { name: &name, mode, description: None };
-        if let Err(first) = graph::open(client, images, &export).await {
+        let mut opened = graph::open(client, images, &export).await;
+        if opened.as_ref().is_err_and(Error::is_refusal) {
+            // A call that was killed before its record was written may have left nodes.
+            opened = match graph::close(client).await {
+                Ok(()) => graph::open(client, images, &export).await,
+                Err(error) => Err(error),
+            };
+        }
+        if let Err(first) = opened {
             return match graph::close(client).await {
                 Ok(()) => {
                     self.state.open = None;
@@ -88,7 +94,7 @@ impl Attachment {
             return flushed;
         }
         self.set_phase(Phase::Removing)?;
-        graph::close(client).await?;
+        graph::remove_nodes(client, &open.nodes).await?;
         self.state.open = None;
         self.save()?;
         flushed

@@ -22,10 +22,10 @@ use std::time::Duration;
 use rustix::fs::OFlags;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::Image;
-use super::qmp::Client;
+use super::qmp::{Client, Events};
 use crate::error::{Error, Result};
 use crate::id::NodeId;
 use crate::store::Mode;
@@ -35,10 +35,19 @@ use crate::store::Mode;
 const CLIENT_GRACE: Duration = Duration::from_secs(1);
 
 /// How often something is looked at that no event tells of.
-const LOOK: Duration = Duration::from_millis(5);
+const LOOK: Duration = Duration::from_millis(2);
 
 /// The id of the one export of a daemon. QEMU's ids begin with a letter, so the volume's uuid would not do.
 const EXPORT: &str = "volume";
+
+/// How files are read and written.
+const IO_URING: &str = "io_uring";
+
+/// The command that lists exports.
+const QUERY_EXPORTS: &str = "query-block-exports";
+
+/// The command that lists nodes.
+const QUERY_NODES: &str = "query-named-block-nodes";
 
 /// Names the qcow2 node of a node: at most 31 characters, as QEMU demands.
 pub fn node_name(node: NodeId) -> String {
@@ -73,14 +82,16 @@ pub struct Export<'a> {
 ///
 /// When a node or the export cannot be added; what was added stays, and [`close`] removes it.
 pub async fn open(client: &Client, images: &[Image], export: &Export<'_>) -> Result<()> {
+    let mut commands = Vec::new();
     let mut backing = None;
     for (depth, image) in images.iter().enumerate().rev() {
         let mode = if depth == 0 { export.mode } else { Mode::ReadOnly };
-        add_image(client, image, mode, backing).await?;
+        commands.extend(image_commands(image, mode, backing)?);
         backing = Some(image.node);
     }
     let top = backing.ok_or_else(|| Error::Internal("a chain without images".to_owned()))?;
-    add_export(client, top, export).await
+    commands.push(export_command(top, export));
+    carry_out(client, commands).await
 }
 
 /// Exports a node.
@@ -89,6 +100,10 @@ pub async fn open(client: &Client, images: &[Image], export: &Export<'_>) -> Res
 ///
 /// When it cannot be exported.
 pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> Result<()> {
+    carry_out(client, vec![export_command(node, export)]).await
+}
+
+fn export_command(node: NodeId, export: &Export<'_>) -> (&'static str, Value) {
     let mut arguments = json!({
         "type": "nbd", "id": EXPORT, "name": export.name, "node-name": node_name(node),
         "writable": export.mode == Mode::ReadWrite,
@@ -96,7 +111,37 @@ pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> R
     if let Some(description) = export.description {
         arguments["description"] = description.into();
     }
-    client.execute("block-export-add", arguments).await.map(drop)
+    ("block-export-add", arguments)
+}
+
+/// Has commands executed of which each needs those before, all sent at once. What is refused, because it needs what a
+/// kernel or a QEMU does not have, or because of what was refused before it, is tried once more without that.
+///
+/// # Errors
+///
+/// When the last one cannot be executed: the first refusal of the second time.
+async fn carry_out(client: &Client, mut commands: Vec<(&'static str, Value)>) -> Result<()> {
+    loop {
+        let answers = client.execute_all(&commands).await?;
+        if answers.last().is_none_or(Result::is_ok) {
+            return Ok(());
+        }
+        let mut refused = Vec::new();
+        let mut reason = None;
+        for (command, answer) in commands.into_iter().zip(answers) {
+            if let Err(error) = answer {
+                reason = reason.or(Some(error));
+                refused.push(command);
+            }
+        }
+        // A kernel or a QEMU without io_uring. Another reason will be given again.
+        let without = refused.iter_mut().filter(|(_, arguments)| arguments["aio"] == IO_URING);
+        let changed = without.map(|(_, arguments)| arguments["aio"] = "threads".into()).count();
+        match reason {
+            Some(error) if changed == 0 => return Err(error),
+            _ => commands = refused,
+        }
+    }
 }
 
 /// Removes the export. With `force` a client that does not go by itself is cut off; all requests that were taken are
@@ -107,30 +152,60 @@ pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> R
 /// [`Error::Qmp`] when a client stays and may not be cut off; [`Error::Timeout`] when the export does not go.
 pub async fn remove_export(client: &Client, force: bool) -> Result<()> {
     let deadline = Instant::now() + CLIENT_GRACE;
+    let mut events = client.events();
     loop {
-        if exported(client).await?.is_none() {
-            return Ok(());
-        }
         // "safe" is refused while a client is connected.
-        match client.execute("block-export-del", json!({"id": EXPORT, "mode": "safe"})).await {
-            Ok(_) => break,
-            Err(Error::Qmp { .. }) if Instant::now() < deadline => sleep(LOOK).await,
-            Err(Error::Qmp { .. }) if force => {
-                client.execute("block-export-del", json!({"id": EXPORT, "mode": "hard"})).await?;
-                break;
+        let refusal = match try_remove_export(client, "safe").await? {
+            Removal::Gone => return Ok(()),
+            Removal::Begun => break,
+            Removal::Refused(error) => error,
+        };
+        if Instant::now() < deadline {
+            sleep(LOOK).await;
+        } else if force {
+            match try_remove_export(client, "hard").await? {
+                Removal::Gone => return Ok(()),
+                Removal::Begun => break,
+                Removal::Refused(error) => return Err(error),
             }
-            Err(error) => return Err(error),
+        } else {
+            return Err(refusal);
         }
     }
-    gone(client).await
+    gone(client, &mut events).await
+}
+
+/// What came of an attempt to remove the export.
+enum Removal {
+    /// There is none any more, or there was none.
+    Gone,
+    /// It will be gone once its requests are completed.
+    Begun,
+    /// It stays.
+    Refused(Error),
+}
+
+/// Tries to remove the export, and looks whether it is there in the same turn.
+async fn try_remove_export(client: &Client, mode: &str) -> Result<Removal> {
+    let commands = [("block-export-del", json!({"id": EXPORT, "mode": mode})), (QUERY_EXPORTS, Value::Null)];
+    let mut answers = client.execute_all(&commands).await?.into_iter();
+    let (removed, exports) = (answers.next(), answers.next());
+    Ok(match (export_in(exports)?, removed) {
+        (None, _) => Removal::Gone,
+        (Some(_), Some(Err(refusal))) => Removal::Refused(refusal),
+        (Some(_), _) => Removal::Begun,
+    })
 }
 
 /// Waits until an export that is being removed is gone: its requests are then completed.
-async fn gone(client: &Client) -> Result<()> {
+async fn gone(client: &Client, events: &mut Events) -> Result<()> {
     let patience = client.patience();
     let wait = async {
         while exported(client).await?.is_some() {
-            sleep(LOOK).await;
+            // An event tells; that it might be of something else, or lost, does not matter.
+            if let Ok(event) = timeout(LOOK, events.next()).await {
+                event?;
+            }
         }
         Ok(())
     };
@@ -145,25 +220,34 @@ async fn gone(client: &Client) -> Result<()> {
 ///
 /// When the daemon does not answer.
 pub async fn exported(client: &Client) -> Result<Option<String>> {
+    export_in(Some(client.execute(QUERY_EXPORTS, ()).await))
+}
+
+/// Takes the export's node from the answer to [`QUERY_EXPORTS`].
+fn export_in(answer: Option<Result<Value>>) -> Result<Option<String>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct BlockExport {
         id: String,
         node_name: String,
     }
-    let exports: Vec<BlockExport> = decode("query-block-exports", client.execute("query-block-exports", ()).await?)?;
+    let exports: Vec<BlockExport> = decode(QUERY_EXPORTS, answer)?;
     Ok(exports.into_iter().find(|export| export.id == EXPORT).map(|export| export.node_name))
 }
 
 /// Lists the names of the nodes of chains, the last one added first.
 async fn nodes(client: &Client) -> Result<Vec<String>> {
+    nodes_in(Some(client.execute(QUERY_NODES, json!({"flat": true})).await))
+}
+
+/// Takes the names from the answer to [`QUERY_NODES`].
+fn nodes_in(answer: Option<Result<Value>>) -> Result<Vec<String>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct BlockDevice {
         node_name: Option<String>,
     }
-    let answer = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
-    let nodes: Vec<BlockDevice> = decode("query-named-block-nodes", answer)?;
+    let nodes: Vec<BlockDevice> = decode(QUERY_NODES, answer)?;
     Ok(nodes.into_iter().filter_map(|node| node.node_name).filter(|name| is_ours(name)).collect())
 }
 
@@ -174,27 +258,32 @@ async fn nodes(client: &Client) -> Result<Vec<String>> {
 /// When something cannot be removed.
 pub async fn close(client: &Client) -> Result<()> {
     remove_export(client, true).await?;
-    let mut left = nodes(client).await?;
-    while !left.is_empty() {
+    remove_nodes(client, &[]).await
+}
+
+/// Removes all nodes; no export may be left. Those that are known to be there, top first, are removed in one turn.
+///
+/// # Errors
+///
+/// When one cannot be removed.
+pub async fn remove_nodes(client: &Client, known: &[NodeId]) -> Result<()> {
+    let mut left: Vec<String> = known.iter().flat_map(|node| [node_name(*node), file_name(*node)]).collect();
+    let mut listed = false;
+    loop {
         // A node that another uses is refused; it is free after the other. Newest first is nearly always right.
-        let mut refused = Vec::new();
-        let mut reason = None;
-        for name in &left {
-            match client.execute("blockdev-del", json!({"node-name": name})).await {
-                Ok(_) => {}
-                Err(error @ Error::Qmp { .. }) => {
-                    reason = Some(error);
-                    refused.push(name.clone());
-                }
-                Err(error) => return Err(error),
-            }
+        let removals = left.iter().map(|name| ("blockdev-del", json!({"node-name": name})));
+        let commands: Vec<_> = removals.chain([(QUERY_NODES, json!({"flat": true}))]).collect();
+        let mut answers = client.execute_all(&commands).await?;
+        let now = nodes_in(answers.pop())?;
+        if now.is_empty() {
+            return Ok(());
         }
-        match reason {
-            Some(error) if refused.len() == left.len() => return Err(error),
-            _ => left = refused,
+        let none_removed = answers.iter().all(Result::is_err);
+        match answers.into_iter().find_map(Result::err) {
+            Some(refusal) if listed && none_removed => return Err(refusal),
+            _ => (left, listed) = (now, true),
         }
     }
-    Ok(())
 }
 
 /// Writes everything that is not yet in the top's file, and stops writing to it. No export may be left.
@@ -232,21 +321,16 @@ async fn reopen(client: &Client, top: NodeId, backing: Option<NodeId>, mode: Mod
 ///
 /// When it cannot be opened or put there; what was added for it is removed again.
 pub async fn snapshot(client: &Client, top: NodeId, overlay: &Image, mode: Mode) -> Result<()> {
-    remove_overlay(client, overlay.node).await?;
-    let switched = async {
-        add_image(client, overlay, mode, None).await?;
-        let arguments = json!({"node": node_name(top), "overlay": node_name(overlay.node)});
-        client.execute("blockdev-snapshot", arguments).await
-    };
-    match switched.await {
-        Ok(_) => Ok(()),
+    let mut commands = image_commands(overlay, mode, None)?.to_vec();
+    let arguments = json!({"node": node_name(top), "overlay": node_name(overlay.node)});
+    commands.push(("blockdev-snapshot", arguments));
+    match carry_out(client, commands).await {
+        Ok(()) => Ok(()),
         // Refused, so nothing was switched. After any other error that is not known.
-        Err(first @ (Error::Qmp { .. } | Error::NoSpace { .. })) => {
-            match remove_overlay(client, overlay.node).await {
-                Ok(()) => Err(first),
-                Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-            }
-        }
+        Err(first) if first.is_refusal() => match remove_overlay(client, overlay.node).await {
+            Ok(()) => Err(first),
+            Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+        },
         Err(error) => Err(error),
     }
 }
@@ -282,35 +366,30 @@ pub async fn resize(client: &Client, top: NodeId, bytes: u64) -> Result<()> {
 ///
 /// When it cannot be opened; one of the two nodes may then be there.
 pub async fn add_root(client: &Client, image: &Image, parent: NodeId, names: [&str; 2]) -> Result<()> {
-    add_nodes(client, image, Mode::ReadOnly, names, Some(parent)).await
+    carry_out(client, node_commands(image, Mode::ReadOnly, names, Some(parent))?.to_vec()).await
 }
 
-/// Adds an image's two nodes. `backing` is a node that is there already; never what a header says.
-async fn add_image(client: &Client, image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<()> {
-    add_nodes(client, image, mode, [&node_name(image.node), &file_name(image.node)], backing).await
+/// Gives the commands that add an image's two nodes. `backing` is a node that is there already; never what a header
+/// says.
+fn image_commands(image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<[(&'static str, Value); 2]> {
+    node_commands(image, mode, [&node_name(image.node), &file_name(image.node)], backing)
 }
 
-/// Adds an image's two nodes under the names given, the upper one's first.
-async fn add_nodes(
-    client: &Client,
+/// Gives the commands that add an image's two nodes under the names given, the upper one's first.
+fn node_commands(
     image: &Image,
     mode: Mode,
     [name, file_name]: [&str; 2],
     backing: Option<NodeId>,
-) -> Result<()> {
-    let mut file = json!({
+) -> Result<[(&'static str, Value); 2]> {
+    let file = json!({
         "driver": "file", "node-name": file_name, "filename": image.filename()?,
         "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
-        "cache": {"direct": allows_direct(&image.path)}, "aio": "io_uring",
+        "cache": {"direct": allows_direct(&image.path)}, "aio": IO_URING,
     });
-    if let Err(Error::Qmp { .. }) = client.execute("blockdev-add", &file).await {
-        // A kernel or a QEMU without io_uring. Another reason will be given again.
-        file["aio"] = "threads".into();
-        client.execute("blockdev-add", &file).await?;
-    }
     let mut options = format_options([name, file_name], mode);
     options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
-    client.execute("blockdev-add", options).await.map(drop)
+    Ok([("blockdev-add", file), ("blockdev-add", options)])
 }
 
 /// Gives the options of an image's qcow2 node, without its backing.
@@ -331,7 +410,8 @@ fn allows_direct(path: &Path) -> bool {
 }
 
 /// Decodes a command's answer.
-fn decode<T: serde::de::DeserializeOwned>(command: &str, answer: Value) -> Result<T> {
+fn decode<T: serde::de::DeserializeOwned>(command: &str, answer: Option<Result<Value>>) -> Result<T> {
+    let answer = answer.ok_or_else(|| Error::Internal(format!("QMP {command} was not sent")))??;
     serde_json::from_value(answer).map_err(|error| Error::Qemu {
         doing: format!("QMP {command}"),
         reason: format!("its answer cannot be read: {error}"),

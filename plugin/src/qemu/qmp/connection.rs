@@ -41,14 +41,17 @@ impl Lines {
 }
 
 /// Reads the greeting, which comes before anything else.
-pub(super) async fn greeting(lines: &mut Lines) -> Result<(), String> {
+async fn greeting(lines: &mut Lines) -> Result<(), String> {
     let greeting: Value =
         serde_json::from_slice(lines.next().await?).map_err(|error| format!("no QMP greeting: {error}"))?;
     if greeting.get("QMP").is_some() { Ok(()) } else { Err("no QMP greeting: it has no QMP field".to_owned()) }
 }
 
-/// Routes what comes in until the connection ends.
+/// Routes what comes in behind the greeting until the connection ends.
 pub(super) async fn read(mut lines: Lines, shared: Arc<Shared>) {
+    if let Err(reason) = greeting(&mut lines).await {
+        return shared.close(reason);
+    }
     let reason = loop {
         match lines.next().await.and_then(Message::parse) {
             Ok(Message::Answer(id, answer)) => shared.answer(id, answer),
@@ -65,8 +68,11 @@ pub(super) async fn write(
     mut queue: mpsc::UnboundedReceiver<Vec<u8>>,
     shared: Arc<Shared>,
 ) {
-    while let Some(line) = queue.recv().await {
-        if let Err(error) = write.write_all(&line).await {
+    while let Some(mut lines) = queue.recv().await {
+        while let Ok(line) = queue.try_recv() {
+            lines.extend(line);
+        }
+        if let Err(error) = write.write_all(&lines).await {
             shared.close(format!("writing to the monitor failed: {error}"));
             return;
         }
