@@ -123,7 +123,11 @@ impl Attachment {
     pub async fn stop(&mut self) -> Result<()> {
         self.end_import(|_| true)?;
         match &self.state.daemon {
-            Some(process) => daemon::stop(&self.host, &self.directory, process).await?,
+            Some(process) => {
+                daemon::stop(&self.host, &self.directory, process).await?;
+                // While it was recorded no other was started: none is looked for.
+                daemon::remove_log(&self.directory)?;
+            }
             None => daemon::remove_files(&self.directory)?,
         }
         self.state.daemon = None;

@@ -262,12 +262,21 @@ fn is_in(pid: i32, directory: &Path) -> bool {
 ///
 /// When one cannot be removed.
 pub fn remove_files(directory: &Path) -> Result<()> {
-    for name in FILES {
-        let path = directory.join(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::on("removing", &path)(error)),
-            _ => {}
-        }
+    FILES.iter().try_for_each(|name| remove(&directory.join(name)))
+}
+
+/// Removes the log of a daemon that has ended: no daemon runs in the directory then, recorded or not.
+///
+/// # Errors
+///
+/// When it cannot be removed.
+pub fn remove_log(directory: &Path) -> Result<()> {
+    remove(&directory.join(LOG))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", path)(error)),
+        _ => Ok(()),
     }
-    Ok(())
 }
