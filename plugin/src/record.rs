@@ -7,8 +7,8 @@ use std::path::Path;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -57,16 +57,24 @@ pub fn read_if_present<R: Record>(path: &Path) -> Result<Option<R>> {
 
 /// Decodes a record's bytes; `path` is for the error.
 fn parse<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
+    #[derive(Deserialize)]
+    struct Head {
+        #[serde(default)]
+        format: Value,
+    }
     let damaged = |reason: String| Error::DamagedRecord { path: path.to_owned(), reason };
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
-    match value.get("format").and_then(Value::as_u64) {
+    // The format first, whatever else there is; a list has no fields, though one could be decoded as if it had.
+    let head =
+        if bytes.trim_ascii_start().starts_with(b"[") { Ok(None) } else { serde_json::from_slice(bytes).map(Some) };
+    let head: Option<Head> = head.map_err(|error| damaged(error.to_string()))?;
+    match head.and_then(|head| head.format.as_u64()) {
         None => return Err(damaged("it has no format number".to_owned())),
         Some(found) if found > R::FORMAT => {
             return Err(Error::NewerFormat { path: path.to_owned(), found, known: R::FORMAT });
         }
         Some(_) => {}
     }
-    serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
+    serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))
 }
 
 /// Puts a record in the place of an older one, or of none: readers see one or the other, whatever is killed.
@@ -172,8 +180,6 @@ pub fn sync_directory(directory: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use serde::Deserialize;
-
     use super::*;
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]

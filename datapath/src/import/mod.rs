@@ -33,7 +33,7 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// Relays connections to the export of the volume `key` until the import ends. The exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    plugin::smapi::start_log("info");
+    plugin::smapi::start_log(plugin::smapi::LevelFilter::INFO);
     let outcome = key.parse::<VolumeKey>().and_then(|key| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

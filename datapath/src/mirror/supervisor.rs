@@ -26,7 +26,7 @@ pub const ENTRY: &str = "mirror-supervisor";
 
 /// Supervises the mirror `key` until it ends. Its outcome is in the record; the exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    plugin::smapi::start_log("info");
+    plugin::smapi::start_log(plugin::smapi::LevelFilter::INFO);
     let outcome = key.parse::<MirrorKey>().and_then(|key| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -18,7 +18,7 @@ mod trace;
 mod types;
 
 use std::ffi::OsString;
-use std::io::{Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -27,6 +27,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tracing::error_span;
+pub use tracing::level_filters::LevelFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -36,31 +41,38 @@ pub use types::{
     SrStat, VolumeRecord, VolumeType, XenDisk, not_null,
 };
 
-/// The variable that chooses what is logged to standard error, in tracing's filter syntax (default: warnings).
+/// The variable that chooses what is logged to standard error: levels, for all or for a module, between commas
+/// (`info,plugin::qemu=trace`; default: warnings).
 pub const LOG_VARIABLE: &str = "XAPI_STORAGE_QCOW2_LOG";
 
 /// One method of a plugin: its name as xapi spells the script, and what it does.
 pub struct Method {
     /// The script's name, `Volume.create`.
     pub name: &'static str,
-    /// Decodes the request, executes it and encodes the answer; see [`typed`].
-    pub call: fn(&Host, Value) -> Result<Value>,
+    /// Decodes the request, executes it and gives the answer; see [`typed`].
+    pub call: fn(&Host, Value) -> Result<Answer>,
 }
+
+/// What a method answers, encoded when it is written: a list of thousands of volumes is then nowhere as a whole.
+pub struct Answer(Box<Encode>);
+
+/// Writes an answer.
+type Encode = dyn FnOnce(&mut dyn Write) -> serde_json::Result<()>;
 
 /// Joins a method's typed `execute` to the untyped table: decodes its parameters and encodes its answer.
 ///
 /// # Errors
 ///
 /// [`Error::BadRequest`] when a parameter is missing or of another type, else what `execute` gives.
-pub fn typed<P, R>(host: &Host, request: Value, execute: fn(&Host, P) -> Result<R>) -> Result<Value>
+pub fn typed<P, R>(host: &Host, request: Value, execute: fn(&Host, P) -> Result<R>) -> Result<Answer>
 where
     P: DeserializeOwned,
-    R: Serialize,
+    R: Serialize + 'static,
 {
     let parameters =
         serde_json::from_value(request).map_err(|error| Error::BadRequest(shorten(&error.to_string())))?;
-    serde_json::to_value(execute(host, parameters)?)
-        .map_err(|error| Error::Internal(format!("the answer cannot be encoded: {error}")))
+    let answer = execute(host, parameters)?;
+    Ok(Answer(Box::new(move |output| serde_json::to_writer(output, &answer))))
 }
 
 /// Keeps an error text that quotes the request from growing with it.
@@ -77,16 +89,17 @@ fn shorten(text: &str) -> String {
 /// `--list-methods` it prints the methods' names, one a line.
 pub fn main(methods: &[Method]) -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    start_log("warn");
+    start_log(LevelFilter::WARN);
     run(methods, &arguments, &Host::from_environment(), &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
 }
 
 /// Starts logging to standard error, which xapi-storage-script shows only with a failure. [`LOG_VARIABLE`] chooses
 /// what is logged, else `default` does. To be called once in a process.
-pub fn start_log(default: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env(LOG_VARIABLE)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+pub fn start_log(default: LevelFilter) {
+    let chosen = std::env::var(LOG_VARIABLE).ok().and_then(|text| text.parse::<Targets>().ok());
+    let filter = chosen.unwrap_or_else(|| Targets::new().with_default(default));
+    let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(format.with_filter(filter)).init();
 }
 
 /// Runs one call with everything it touches given: the same as [`main()`], for tests and for other front ends.
@@ -111,7 +124,11 @@ pub fn run(
         Err(error) => Err(logged(error)),
     };
     match answer {
-        Ok(value) => written(stdout, value.to_string().as_bytes(), ExitCode::SUCCESS),
+        Ok(Answer(encode)) => {
+            let mut output = BufWriter::new(stdout);
+            let encoded = encode(&mut output).map_err(io::Error::from).and_then(|()| output.flush());
+            ended(encoded, ExitCode::SUCCESS)
+        }
         Err(error) => {
             let chain = error.chain();
             let (code, params) = error.code();
@@ -129,7 +146,11 @@ fn logged(error: Error) -> Error {
 
 /// Writes the one answer; a caller that does not read it is told by the exit status.
 fn written(stdout: &mut dyn Write, bytes: &[u8], code: ExitCode) -> ExitCode {
-    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+    ended(stdout.write_all(bytes).and_then(|()| stdout.flush()), code)
+}
+
+fn ended(written: io::Result<()>, code: ExitCode) -> ExitCode {
+    match written {
         Ok(()) => code,
         Err(error) => {
             tracing::error!(%error, "the answer could not be written");
@@ -168,7 +189,7 @@ fn read(stdin: &mut dyn Read) -> Result<Value> {
 }
 
 /// Executes a request. Whatever is logged meanwhile says for which call it is.
-fn call(method: &Method, host: &Host, request: Value) -> Result<Value> {
+fn call(method: &Method, host: &Host, request: Value) -> Result<Answer> {
     let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default();
     let (task, parent) = trace::of(field("dbg"), std::env::var(trace::VARIABLE).ok());
     // Of the level of an error, so that it is there whatever is chosen to be logged.
@@ -189,11 +210,11 @@ fn call(method: &Method, host: &Host, request: Value) -> Result<Value> {
 mod tests {
     use super::*;
 
-    fn echo(_: &Host, request: Value) -> Result<Value> {
-        Ok(request)
+    fn echo(host: &Host, request: Value) -> Result<Answer> {
+        typed(host, request, |_, request: Value| Ok(request))
     }
 
-    fn fail(_: &Host, _: Value) -> Result<Value> {
+    fn fail(_: &Host, _: Value) -> Result<Answer> {
         Err(Error::VolumeDoesNotExist("k1".to_owned()))
     }
 
