@@ -20,7 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Tells how far an operation is; for one that goes on, after a second or when it becomes complete or fails. A copy that
 /// a mirror does by the way is complete when the mirror was, whatever became of that since.
 ///
-/// Reads one file: no lock and no daemon can make it wait. It never fails, because xapi calls it once in an error
+/// Reads one file: no lock and no daemon can make it wait, but for the one call that finds the supervisor of a mirror dead
+/// that had slowed its guest. It never fails, because xapi calls it once in an error
 /// handler where a second error would skip its clean-up: an unknown key, and a record that cannot be read, are a
 /// mirror that failed.
 ///
@@ -43,6 +44,13 @@ pub fn execute(host: &Host, parameters: OperationParameters) -> Result<DataStatu
             // Deactivate failed for it, and now this answer says so too: xapi cannot have missed it.
             if let Err(error) = mirror::acknowledge(host, &mut record) {
                 tracing::warn!(error = error.chain(), "that a mirror's end was told could not be recorded");
+            }
+        }
+        if record.pace.is_some() && !status.is_running() && !record.phase.is_terminal() {
+            // Its supervisor was killed, and nobody else gives the guest its pace back before the volume is closed.
+            let ended = mirror::end_unless_running(host, &record, "its supervisor is gone");
+            if let Err(error) = ended {
+                tracing::error!(error = error.chain(), "a guest is still slowed for a mirror that is gone");
             }
         }
         let left = deadline.saturating_duration_since(Instant::now());

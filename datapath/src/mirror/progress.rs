@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use plugin::mirror::{CopyMode, Progress};
+use plugin::mirror::Progress;
+use plugin::qemu::graph::Pace;
 
 /// How long what is left may fail to shrink before the guest is slowed.
 const CONVERGENCE: Duration = Duration::from_secs(3);
@@ -14,6 +15,12 @@ const READY_REST_SECONDS: f64 = 2.0;
 /// What may be left in any case, in bytes: requests under way.
 const READY_REST_BYTES: f64 = (4 << 20) as f64;
 
+/// What a guest may write in any case: with 32 requests at once none waits for more than a few seconds.
+const LEAST: Pace = Pace { bytes: 256 << 10, requests: 8 };
+
+/// The bytes that a mirror sends for the smallest write, QEMU's default granularity.
+const MIRROR_BLOCK: f64 = (64 << 10) as f64;
+
 /// How much of the link's speed, as it is kept, comes from the newest look.
 const NEWEST: f64 = 0.2;
 
@@ -21,13 +28,13 @@ const NEWEST: f64 = 0.2;
 #[derive(Debug)]
 pub struct Watch {
     silence: Duration,
-    blocking_silence: Duration,
     moved: Instant,
     last: (u64, u64, u64, u64),
     least: u64,
     shrunk: Instant,
     looked: Instant,
     bytes_per_second: f64,
+    slowed: u32,
 }
 
 /// What the supervisor should do.
@@ -35,38 +42,30 @@ pub struct Watch {
 pub enum Verdict {
     /// Nothing.
     Fine,
-    /// The guest outruns the link: make its writes wait for the peer.
-    Outrun,
+    /// The guest outruns the link: it is to write no more than this from now on.
+    Outrun(Pace),
     /// The peer owes an answer and has been silent for too long: cut it off.
     Silent,
 }
 
 impl Watch {
-    /// Starts watching now, with the seconds that a peer may be silent in the two copy modes.
-    pub fn new(now: Instant, silence: Duration, blocking_silence: Duration) -> Self {
+    /// Starts watching now, with the seconds that a peer may be silent.
+    pub fn new(now: Instant, silence: Duration) -> Self {
         Self {
             silence,
-            blocking_silence,
             moved: now,
             last: (0, 0, 0, 0),
             least: u64::MAX,
             shrunk: now,
             looked: now,
             bytes_per_second: 0.0,
+            slowed: 0,
         }
     }
 
     /// Takes a look at the progress. `answered` counts what moves without the peer; `draining` says that a flush is
     /// owed even when nothing is left to copy.
-    pub fn look(
-        &mut self,
-        now: Instant,
-        progress: &Progress,
-        answered: u64,
-        mode: CopyMode,
-        ready: bool,
-        draining: bool,
-    ) -> Verdict {
+    pub fn look(&mut self, now: Instant, progress: &Progress, answered: u64, ready: bool, draining: bool) -> Verdict {
         let rest = progress.length.saturating_sub(progress.offset);
         let seen = (progress.sent, progress.received, progress.offset, answered);
         let elapsed = now.duration_since(self.looked).as_secs_f64();
@@ -83,11 +82,7 @@ impl Watch {
             self.last = seen;
             self.moved = now;
         }
-        let bound = match mode {
-            CopyMode::Background => self.silence,
-            CopyMode::WriteBlocking => self.blocking_silence,
-        };
-        if now.duration_since(self.moved) >= bound {
+        if now.duration_since(self.moved) >= self.silence {
             return Verdict::Silent;
         }
         // Before the first byte is copied the target is being zeroed, which is not counted as progress.
@@ -97,10 +92,22 @@ impl Watch {
             self.least = if at_rest { u64::MAX } else { rest };
             self.shrunk = now;
         }
-        if mode == CopyMode::Background && now.duration_since(self.shrunk) >= CONVERGENCE {
-            return Verdict::Outrun;
+        // While nothing moves at all, it is not the guest that is too fast.
+        if now.duration_since(self.shrunk) < CONVERGENCE || now.duration_since(self.moved) >= CONVERGENCE {
+            return Verdict::Fine;
         }
-        Verdict::Fine
+        // What is left has this long to shrink under the new limits before they are made tighter.
+        self.shrunk = now;
+        self.least = rest;
+        Verdict::Outrun(self.pace())
+    }
+
+    /// Gives what the guest may write, less each time: as many bytes as a half of the link carries, and as many requests,
+    /// each of which makes a block of the mirror's be sent again.
+    fn pace(&mut self) -> Pace {
+        self.slowed += 1;
+        let bytes = self.bytes_per_second / f64::from(1_u32 << self.slowed.min(31));
+        Pace { bytes: (bytes as u64).max(LEAST.bytes), requests: ((bytes / MIRROR_BLOCK) as u64).max(LEAST.requests) }
     }
 }
 
@@ -111,7 +118,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn watch(now: Instant) -> Watch {
-        Watch::new(now, 30 * SECOND, 4 * SECOND)
+        Watch::new(now, 30 * SECOND)
     }
 
     fn progress(offset: u64, length: u64, sent: u64) -> Progress {
@@ -125,23 +132,19 @@ mod tests {
         for second in 0..1000 {
             let seen = progress(second + 1, 1 << 30, second);
             let now = start + SECOND * second as u32;
-            assert_ne!(watch.look(now, &seen, 0, CopyMode::WriteBlocking, false, false), Verdict::Silent);
+            assert_ne!(watch.look(now, &seen, 0, false, false), Verdict::Silent);
         }
     }
 
     #[test]
-    fn a_silent_peer_is_cut_off_sooner_when_the_guest_waits_for_it() {
-        for (mode, bound) in [(CopyMode::Background, 30), (CopyMode::WriteBlocking, 4)] {
-            let start = Instant::now();
-            let mut watch = watch(start);
-            let seen = progress(10, 100, 1000);
-            for second in 0..bound {
-                let verdict = watch.look(start + SECOND * second, &seen, 0, mode, false, false);
-                assert_ne!(verdict, Verdict::Silent, "{mode:?} {second}");
-            }
-            let verdict = watch.look(start + SECOND * bound, &seen, 0, mode, false, false);
-            assert_eq!(verdict, Verdict::Silent, "{mode:?}");
+    fn a_silent_peer_is_cut_off_and_the_guest_is_not_slowed_for_it() {
+        let start = Instant::now();
+        let mut watch = watch(start);
+        let seen = progress(10, 100, 1000);
+        for second in 0..30 {
+            assert_eq!(watch.look(start + SECOND * second, &seen, 0, false, false), Verdict::Fine, "{second}");
         }
+        assert_eq!(watch.look(start + SECOND * 30, &seen, 0, false, false), Verdict::Silent);
     }
 
     #[test]
@@ -151,11 +154,11 @@ mod tests {
         let seen = progress(100, 100, 1000);
         for second in 0..1000 {
             let now = start + SECOND * second;
-            assert_eq!(watch.look(now, &seen, 0, CopyMode::WriteBlocking, true, false), Verdict::Fine);
+            assert_eq!(watch.look(now, &seen, 0, true, false), Verdict::Fine);
         }
         let drain = start + SECOND * 999;
-        watch.look(drain, &seen, 0, CopyMode::WriteBlocking, true, true);
-        let verdict = watch.look(drain + SECOND * 5, &seen, 0, CopyMode::WriteBlocking, true, true);
+        watch.look(drain, &seen, 0, true, true);
+        let verdict = watch.look(drain + SECOND * 31, &seen, 0, true, true);
         assert_eq!(verdict, Verdict::Silent);
     }
 
@@ -165,7 +168,7 @@ mod tests {
         let mut watch = watch(start);
         for second in 0..100 {
             let now = start + SECOND * second;
-            assert_eq!(watch.look(now, &progress(0, 0, 100), 0, CopyMode::Background, true, false), Verdict::Fine);
+            assert_eq!(watch.look(now, &progress(0, 0, 100), 0, true, false), Verdict::Fine);
         }
     }
 
@@ -175,13 +178,32 @@ mod tests {
             let start = Instant::now();
             let mut watch = watch(start);
             let mut verdict = Verdict::Fine;
-            for second in 0..5_u64 {
+            for second in 0..4_u64 {
                 // What is copied grows, but so does what is to be copied.
                 let seen = progress(1000 + second, 1000 + second + rest, second);
-                verdict = watch.look(start + SECOND * second as u32, &seen, 0, CopyMode::Background, ready, false);
+                verdict = watch.look(start + SECOND * second as u32, &seen, 0, ready, false);
             }
-            assert_eq!(verdict, Verdict::Outrun, "{ready}");
+            assert!(matches!(verdict, Verdict::Outrun(_)), "{ready}");
         }
+    }
+
+    #[test]
+    fn a_guest_that_still_outruns_the_link_is_slowed_more_and_never_stopped() {
+        const LINK: u64 = 64 << 20;
+        let start = Instant::now();
+        let mut watch = watch(start);
+        let mut paces = Vec::new();
+        for second in 0..60 {
+            let seen = progress(LINK * second, LINK * second + (1 << 30), LINK * second);
+            if let Verdict::Outrun(pace) = watch.look(start + SECOND * second as u32, &seen, 0, false, false) {
+                paces.push(pace);
+            }
+        }
+        assert!(paces[0].bytes <= LINK / 2 && paces[0].requests <= LINK / 2 / (64 << 10), "{paces:?}");
+        assert!(paces.windows(2).all(|two| two[1].bytes <= two[0].bytes && two[1].requests <= two[0].requests));
+        assert_eq!(paces.last(), Some(&LEAST));
+        // Each time it gets a while to take effect.
+        assert!((15..=20).contains(&paces.len()), "{}", paces.len());
     }
 
     #[test]
@@ -191,7 +213,7 @@ mod tests {
         for second in 0..100_u64 {
             let now = start + SECOND * second as u32;
             let seen = progress(second + 1, 1000, second);
-            assert_eq!(watch.look(now, &seen, 0, CopyMode::Background, false, false), Verdict::Fine);
+            assert_eq!(watch.look(now, &seen, 0, false, false), Verdict::Fine);
         }
     }
 }

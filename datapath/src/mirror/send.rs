@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use plugin::error::{Error, Result};
 use plugin::mirror::job::{self, JOB, JobInfo, LAYER_NODES, SIZED_NODE, TARGET_NODE};
-use plugin::mirror::{CopyMode, How, Phase, Progress, WHOLE};
-use plugin::qemu::graph;
+use plugin::mirror::{How, Phase, Progress, WHOLE};
+use plugin::qemu::graph::{self, Pace};
 use plugin::qemu::qmp::{Client, Events};
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
@@ -18,6 +18,10 @@ use super::supervisor::{Outcome, Supervisor, want_end};
 
 /// How often the job is looked at when nothing calls for it.
 const TICK: Duration = Duration::from_millis(200);
+
+/// How long the storage daemon may leave a question unanswered. Something in it then waits for the peer, and the guest may
+/// be waiting too.
+const DAEMON_SILENCE: Duration = Duration::from_secs(4);
 
 /// How long the peer may take to close its side after QEMU has said goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -51,7 +55,7 @@ impl Supervisor {
         };
         match outcome {
             Ok(Outcome::Finished) => {
-                if self.verifies() {
+                if self.verifies() || self.record.pace.is_some() {
                     job::clear(client, CLEAR_LOOKS).await?;
                 } else {
                     job::finish(client, CLEAR_LOOKS).await?;
@@ -144,7 +148,8 @@ impl Supervisor {
     async fn start_job(&self, client: &Client, job: &Job) -> Result<Value> {
         let arguments = json!({
             "job-id": JOB, "device": job.source, "target": job.target, "sync": job.sync,
-            "copy-mode": self.record.copy_mode, "auto-dismiss": false,
+            // Never write-blocking: see docs/qemu.md.
+            "copy-mode": "background", "auto-dismiss": false,
             "on-source-error": "report", "on-target-error": "report",
         });
         client.execute("blockdev-mirror", arguments).await
@@ -174,13 +179,13 @@ impl Supervisor {
     async fn watch(&mut self, client: &Client, relay: &mut Relay, running: &Job) -> Result<Outcome> {
         let mut events = client.events();
         let silence = Duration::from_secs(self.settings.peer_silence_seconds);
-        let blocking = Duration::from_secs(self.settings.blocking_silence_seconds);
-        let mut watch = Watch::new(Instant::now(), silence, blocking);
+        let mut watch = Watch::new(Instant::now(), silence);
         let is_live = self.record.live && running.is_last;
         let mut drain_until = None;
         loop {
-            let job =
-                timeout(blocking, job::query(client)).await.map_err(|_| self.silent("the storage daemon"))??;
+            let job = timeout(DAEMON_SILENCE, job::query(client))
+                .await
+                .map_err(|_| silent("the storage daemon", DAEMON_SILENCE))??;
             let Some(job) = job else { return Err(broken("the mirror's job disappeared".to_owned())) };
             self.note(&job, relay);
             match job.status.as_str() {
@@ -222,40 +227,23 @@ impl Supervisor {
                 Instant::now(),
                 &self.record.progress,
                 answered,
-                self.record.copy_mode,
                 job.status == "ready",
                 drain_until.is_some(),
             ) {
                 Verdict::Fine => {}
-                Verdict::Silent => return Err(self.silent("the destination")),
-                Verdict::Outrun if !is_live || drain_until.is_some() => {}
-                Verdict::Outrun => self.slow_the_guest(client, running).await?,
+                Verdict::Silent => return Err(self.silent_peer()),
+                Verdict::Outrun(_) if !is_live || drain_until.is_some() => {}
+                Verdict::Outrun(pace) => self.slow_the_guest(client, pace).await?,
             }
             self.wait(&mut events, relay, drain_until.is_some()).await?;
         }
     }
 
-    /// Makes the guest's writes wait for the peer from now on.
-    ///
-    /// QEMU before 8.2 cannot change a job that runs: there it starts over in the other mode, as long as the mirror was
-    /// not complete. One that was goes on; should its rest be too much for the drain, Datapath.deactivate fails.
-    async fn slow_the_guest(&mut self, client: &Client, running: &Job) -> Result<()> {
-        tracing::info!(mirror = %self.record.key, "the guest outruns the link: its writes wait from now on");
-        let arguments = json!({"id": JOB, "type": "mirror", "copy-mode": CopyMode::WriteBlocking});
-        match client.execute("block-job-change", arguments).await {
-            Ok(_) => {}
-            Err(Error::Qmp { class, .. }) if class == "CommandNotFound" => {
-                if self.record.was_complete {
-                    return Ok(());
-                }
-                self.record.copy_mode = CopyMode::WriteBlocking;
-                job::end(client, CLEAR_LOOKS).await?;
-                self.start_job(client, running).await?;
-            }
-            Err(error) => return Err(error),
-        }
-        self.record.copy_mode = CopyMode::WriteBlocking;
-        Ok(())
+    /// Limits what the guest writes, until the mirror ends.
+    async fn slow_the_guest(&mut self, client: &Client, pace: Pace) -> Result<()> {
+        tracing::info!(mirror = %self.record.key, ?pace, "the guest outruns the link");
+        self.record.pace = Some(pace);
+        graph::pace(client, Some(pace)).await
     }
 
     /// Waits for something to look at: an event, a request, the relay's end, or the next tick.
@@ -287,14 +275,15 @@ impl Supervisor {
         self.store();
     }
 
-    /// Makes the error of something that does not answer.
-    pub(super) fn silent(&self, what: &str) -> Error {
-        let seconds = match self.record.copy_mode {
-            CopyMode::Background => self.settings.peer_silence_seconds,
-            CopyMode::WriteBlocking => self.settings.blocking_silence_seconds,
-        };
-        Error::Timeout { doing: format!("an answer that {what} owes"), seconds }
+    /// Makes the error of a destination that does not answer.
+    pub(super) fn silent_peer(&self) -> Error {
+        silent("the destination", Duration::from_secs(self.settings.peer_silence_seconds))
     }
+}
+
+/// Makes the error of something that does not answer.
+fn silent(what: &str, bound: Duration) -> Error {
+    Error::Timeout { doing: format!("an answer that {what} owes"), seconds: bound.as_secs() }
 }
 
 /// Gives for each of several jobs, by how much there is to send, how much of the whole the earlier and the later ones

@@ -70,7 +70,7 @@ impl Supervisor {
                     return Err(Error::Qemu { doing: "verifying the mirror".to_owned(), reason });
                 }
                 Ok(Err(error)) => return Err(error),
-                Err(_) => return Err(self.silent("the destination")),
+                Err(_) => return Err(self.silent_peer()),
             }
         }
         tracing::info!(mirror = %self.record.key, bytes = source.size(), "source and destination are the same");

@@ -84,6 +84,12 @@ impl Daemon {
         self.execute("query-jobs", json!({})).as_array().unwrap().clone()
     }
 
+    /// Gives the bytes and the requests that may be written in a second; zeroes for no limit.
+    pub fn write_limits(&self) -> (u64, u64) {
+        let limits = self.execute("qom-get", json!({"path": "/objects/pace", "property": "limits"}));
+        (limits["bps-write"].as_u64().unwrap(), limits["iops-write"].as_u64().unwrap())
+    }
+
     pub fn remove_export(&self) {
         self.execute("block-export-del", json!({"id": "e", "mode": "hard"}));
         super::eventually("end of the export", || {
@@ -106,18 +112,22 @@ impl Daemon {
         let mut child = Command::new("qemu-io")
             .args(["-f", "raw", &self.uri()])
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut stdin = child.stdin.take().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let (stop, stopped) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             for round in 0_u64.. {
                 if stopped.try_recv().is_ok() {
                     break;
                 }
-                writeln!(stdin, "write -q -P {} {}M 4M", round % 250, round % 28).unwrap();
+                writeln!(stdin, "write -P {} {}M 4M", round % 250, round % 28).unwrap();
+                assert!(lines.any(|line| line.unwrap().contains("wrote ")), "a write failed");
             }
+            drop(stdin);
+            lines.for_each(drop);
         });
         Writer { child, stop, thread }
     }
@@ -156,10 +166,15 @@ fn spawn(dir: &Path, image: &Path, node: &str) -> Child {
             "--monitor",
             "chardev=b",
         ])
+        .args(["--object", "throttle-group,id=pace"])
         .args(["--blockdev", &json!({"driver": "file", "filename": image, "node-name": "f"}).to_string()])
         .args([
             "--blockdev",
-            &json!({"driver": "qcow2", "file": "f", "node-name": node, "discard": "unmap"}).to_string(),
+            &json!({"driver": "throttle", "throttle-group": "pace", "file": "f", "node-name": "t"}).to_string(),
+        ])
+        .args([
+            "--blockdev",
+            &json!({"driver": "qcow2", "file": "t", "node-name": node, "discard": "unmap"}).to_string(),
         ])
         .args(["--nbd-server", &format!("addr.type=unix,addr.path={dir}/nbd.sock")])
         .args(["--export", &format!("type=nbd,id=e,name=e,node-name={node},writable=on")])

@@ -6,6 +6,7 @@ mod daemon;
 mod link;
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use daemon::Daemon;
 use link::Link;
 use plugin::host::Host;
 use plugin::id::{MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
-use plugin::mirror::{self, CopyMode, How, MirrorRecord, Phase};
+use plugin::mirror::{self, How, MirrorRecord, Phase};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -87,6 +88,22 @@ impl Scene {
 
     fn record(&self, key: MirrorKey) -> MirrorRecord {
         MirrorRecord::load(&self.host, key).unwrap().unwrap()
+    }
+
+    /// Gives what Data.stat prints.
+    fn stat(&self, key: MirrorKey) -> String {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_xapi-storage-qcow2-datapath"))
+            .args(["Data.stat", "--json"])
+            .env("XAPI_STORAGE_QCOW2_ROOT", self.dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let request = format!(r#"{{"dbg": "t", "operation": ["MirrorV1", "{key}"]}}"#);
+        child.stdin.take().unwrap().write_all(request.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Waits until the mirror is in one of the phases.
@@ -275,20 +292,56 @@ fn a_peer_that_falls_silent_when_complete_holds_up_neither_guest_nor_drain_for_l
     scene.assert_source_serves();
 }
 
+/// Waits until a guest that outruns its link is slowed.
+fn wait_until_slowed(scene: &Scene, key: MirrorKey) {
+    let record = eventually("a slower guest", || {
+        let record = scene.record(key);
+        (record.pace.is_some() || record.phase.is_terminal()).then_some(record)
+    });
+    assert!(record.pace.is_some(), "{:?}", record.reason);
+}
+
 #[test]
-fn a_guest_waits_seconds_at_most_for_a_silent_peer_that_its_writes_wait_for() {
-    let mut scene = Scene::new(r#"{"blocking_silence_seconds": 1}"#);
-    // A slow link makes the guest outrun it.
+fn a_guest_that_outruns_the_link_is_slowed_until_the_mirror_is_complete_and_over() {
+    let mut scene = Scene::new("{}");
+    scene.link.slow(8 << 20);
+    let writer = scene.source.writer();
+    let key = scene.mirror(true);
+    wait_until_slowed(&scene, key);
+    assert!(scene.source.write_limits() > (0, 0));
+    scene.wait_for(key, &[Phase::Ready]);
+    writer.finish();
+    let record = mirror::end(&scene.host, &scene.record(key), How::Finish, "test").unwrap();
+    assert_eq!(record.phase, Phase::Finished, "{:?}", record.reason);
+    assert_eq!(scene.source.write_limits(), (0, 0));
+    scene.assert_identical();
+}
+
+#[test]
+fn a_slowed_guest_does_not_wait_for_a_silent_peer_and_has_its_pace_back_when_the_mirror_fails() {
+    let mut scene = Scene::new(r#"{"peer_silence_seconds": 2}"#);
     scene.link.slow(4 << 20);
     let writer = scene.source.writer();
     let key = scene.mirror(true);
-    let record = eventually("write-blocking mode", || {
-        let record = scene.record(key);
-        (record.copy_mode == CopyMode::WriteBlocking || record.phase.is_terminal()).then_some(record)
-    });
-    assert_eq!(record.copy_mode, CopyMode::WriteBlocking, "{:?}", record.reason);
+    wait_until_slowed(&scene, key);
     scene.link.stall();
     scene.wait_for(key, &[Phase::Failed]);
+    writer.finish();
+    assert_eq!(scene.source.write_limits(), (0, 0));
+    scene.assert_source_serves();
+}
+
+#[test]
+fn a_guest_has_its_pace_back_when_a_killed_supervisor_is_found_dead() {
+    let mut scene = Scene::new("{}");
+    scene.link.slow(4 << 20);
+    let writer = scene.source.writer();
+    let key = scene.mirror(true);
+    wait_until_slowed(&scene, key);
+    scene.supervisors[0].kill().unwrap();
+    scene.supervisors[0].wait().unwrap();
+    assert!(scene.stat(key).contains(r#""failed":true"#));
+    assert_eq!(scene.source.write_limits(), (0, 0));
     writer.finish();
     scene.assert_source_serves();
 }

@@ -16,10 +16,8 @@ pub struct Settings {
     /// Seconds for a mirror's connection to be taken and the NBD handshake to end. Long: xapi's proxy opens its
     /// second leg, over HTTP to the other host, only after it was connected to.
     pub handshake_seconds: u64,
-    /// Seconds a mirror's peer may owe an answer, while the guest does not wait for it, before the mirror fails.
+    /// Seconds a mirror's peer may owe an answer before the mirror fails. The guest does not wait for it.
     pub peer_silence_seconds: u64,
-    /// The same while guest writes wait for the peer (write-blocking mode).
-    pub blocking_silence_seconds: u64,
     /// Seconds that Datapath.deactivate waits for a mirror to drain.
     pub drain_seconds: u64,
     /// Seconds that a storage daemon may take for one QMP command.
@@ -39,7 +37,6 @@ impl Default for Settings {
         Self {
             handshake_seconds: 60,
             peer_silence_seconds: 30,
-            blocking_silence_seconds: 4,
             drain_seconds: 30,
             qmp_seconds: 20,
             lock_seconds: 60,

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::VolumeKey;
+use crate::qemu::graph;
 use crate::qemu::qmp::Client;
 
 /// The job's id.
@@ -51,13 +52,15 @@ pub async fn query(client: &Client) -> Result<Option<JobInfo>> {
     }))
 }
 
-/// Removes the job, which must have ended or lost its peer, and everything else of a mirror; what is not there is no
-/// error.
+/// Removes the job, which must have ended or lost its peer, and everything else of a mirror, the guest's pace among it;
+/// what is not there is no error.
 ///
 /// # Errors
 ///
 /// When the daemon does not answer, or something does not go in `attempts` looks of 10 ms each.
 pub async fn clear(client: &Client, attempts: u32) -> Result<()> {
+    // First of all: the guest is not to wait for whatever else does not go.
+    graph::pace(client, None).await?;
     end(client, attempts).await?;
     remove_exports(client, attempts).await?;
     let [layer, file] = LAYER_NODES;

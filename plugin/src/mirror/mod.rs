@@ -28,7 +28,7 @@ pub use ending::{
     is_running, reap, source_activated, start_lock,
 };
 pub use plan::{Destination, Layer, Plan, layers, plan};
-pub use record::{CopyMode, MirrorRecord, Phase, Progress, WHOLE, now};
+pub use record::{MirrorRecord, Phase, Progress, WHOLE, now};
 pub use session::{Sent, Session, Sessions};
 
 /// The pseudo domain under which a mirror opens a volume that is not active.

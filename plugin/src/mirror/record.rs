@@ -12,6 +12,7 @@ use super::plan::Plan;
 use crate::error::{Error, Result};
 use crate::host::{Host, Process};
 use crate::id::{Domain, MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
+use crate::qemu::graph::Pace;
 use crate::record::{self, Durability, Record};
 use crate::smapi::DataStatus;
 
@@ -49,16 +50,6 @@ impl Phase {
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Finished | Self::Failed | Self::Cancelled)
     }
-}
-
-/// How guest writes get to the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CopyMode {
-    /// Later: the guest never waits for the peer.
-    Background,
-    /// Each before it is done, so that the guest is no faster than the link.
-    WriteBlocking,
 }
 
 /// What was copied and sent so far.
@@ -132,8 +123,9 @@ pub struct MirrorRecord {
     pub raised: bool,
     /// Whether xapi is known to know how it ended.
     pub acknowledged: bool,
-    /// How guest writes get to the destination now.
-    pub copy_mode: CopyMode,
+    /// What the guest may write, since it wrote faster than the link is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pace: Option<Pace>,
     /// What was copied and sent.
     pub progress: Progress,
     /// Whether it is a copy: of [`super::Blocks`] alone, and ended by itself.
@@ -179,7 +171,7 @@ impl MirrorRecord {
             was_complete: false,
             raised: false,
             acknowledged: false,
-            copy_mode: CopyMode::Background,
+            pace: None,
             progress: Progress::default(),
             copy: false,
             debug_info: String::new(),

@@ -21,8 +21,8 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-use super::program;
 use super::qmp::Client;
+use super::{graph, program};
 use crate::error::{Error, Result};
 use crate::host::{Host, Launch, Process, Settings};
 
@@ -225,6 +225,8 @@ fn arguments(directory: &Path) -> Result<Vec<OsString>> {
         arguments.push("--monitor".into());
         arguments.push(format!("chardev={id},mode=control").into());
     }
+    arguments.push("--object".into());
+    arguments.push(format!("throttle-group,id={}", graph::PACE).into());
     arguments.push("--pidfile".into());
     arguments.push(directory.join("daemon.pid").into());
     Ok(arguments)

@@ -4,7 +4,7 @@
 //!   export  <volume uuid>
 //!      │
 //!      ▼
-//!   q<node>  qcow2 ── f<node>  file       the top: read-only or writable
+//!   q<node>  qcow2 ── t<node>  throttle ── f<node>  file       the top; throttled where it is writable
 //!      │ backing
 //!      ▼
 //!   q<node>  qcow2 ── f<node>  file       read-only
@@ -20,7 +20,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -49,6 +49,9 @@ const QUERY_EXPORTS: &str = "query-block-exports";
 /// The command that lists nodes.
 const QUERY_NODES: &str = "query-named-block-nodes";
 
+/// The throttle group of everything that a daemon writes to its volume. It has no limits but those of [`pace`].
+pub(super) const PACE: &str = "pace";
+
 /// Names the qcow2 node of a node: at most 31 characters, as QEMU demands.
 pub fn node_name(node: NodeId) -> String {
     format!("q{}", &node.uuid().as_simple().to_string()[..30])
@@ -59,9 +62,14 @@ fn file_name(node: NodeId) -> String {
     format!("f{}", &node.uuid().as_simple().to_string()[..30])
 }
 
-/// Tells whether a node is one of ours.
+/// Names the node between these two where it may be written to. It comes and goes with the upper one.
+fn throttle_name(node: NodeId) -> String {
+    format!("t{}", &node.uuid().as_simple().to_string()[..30])
+}
+
+/// Tells whether a node is one of those that are added and removed here by themselves.
 fn is_ours(name: &str) -> bool {
-    let digits = name.strip_prefix('q').or_else(|| name.strip_prefix('f'));
+    let digits = name.strip_prefix(['q', 'f']);
     digits.is_some_and(|digits| digits.len() == 30 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
@@ -310,7 +318,8 @@ pub async fn flush(client: &Client, top: NodeId, backing: Option<NodeId>) -> Res
 
 /// Opens the top anew as it is, for a mode.
 async fn reopen(client: &Client, top: NodeId, backing: Option<NodeId>, mode: Mode) -> Result<()> {
-    let mut options = format_options([&node_name(top), &file_name(top)], mode);
+    // Only what was opened for writing is ever reopened.
+    let mut options = format_options(&node_name(top), throttle_name(top).into(), mode);
     options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
     client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
 }
@@ -350,6 +359,28 @@ pub async fn remove_overlay(client: &Client, overlay: NodeId) -> Result<()> {
     Ok(())
 }
 
+/// How much may be written to a volume in a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pace {
+    /// Bytes a second.
+    pub bytes: u64,
+    /// Requests a second.
+    pub requests: u64,
+}
+
+/// Limits what is written to the volume that a daemon has open, by whoever writes; without a pace it is unlimited again.
+/// Reading is not limited. Done again it replaces the limits.
+///
+/// # Errors
+///
+/// When the daemon refuses.
+pub async fn pace(client: &Client, pace: Option<Pace>) -> Result<()> {
+    let Pace { bytes, requests } = pace.unwrap_or(Pace { bytes: 0, requests: 0 });
+    let limits = json!({"bps-write": bytes, "iops-write": requests});
+    let arguments = json!({"path": format!("/objects/{PACE}"), "property": "limits", "value": limits});
+    client.execute("qom-set", arguments).await.map(drop)
+}
+
 /// Gives the top a larger virtual size. No export may be there: it would not allow it.
 ///
 /// # Errors
@@ -366,20 +397,31 @@ pub async fn resize(client: &Client, top: NodeId, bytes: u64) -> Result<()> {
 ///
 /// When it cannot be opened; one of the two nodes may then be there.
 pub async fn add_root(client: &Client, image: &Image, parent: NodeId, names: [&str; 2]) -> Result<()> {
-    carry_out(client, node_commands(image, Mode::ReadOnly, names, Some(parent))?.to_vec()).await
+    let [name, file_name] = names;
+    let commands = node_commands(image, Mode::ReadOnly, name, file_name, file_name.into(), Some(parent))?;
+    carry_out(client, commands.to_vec()).await
 }
 
-/// Gives the commands that add an image's two nodes. `backing` is a node that is there already; never what a header
-/// says.
+/// Gives the commands that add an image's nodes. `backing` is a node that is there already; never what a header says.
 fn image_commands(image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<[(&'static str, Value); 2]> {
-    node_commands(image, mode, [&node_name(image.node), &file_name(image.node)], backing)
+    let file_name = file_name(image.node);
+    let below = match mode {
+        Mode::ReadOnly => file_name.clone().into(),
+        Mode::ReadWrite => json!({
+            "driver": "throttle", "node-name": throttle_name(image.node), "throttle-group": PACE, "file": file_name,
+            "read-only": false, "auto-read-only": false, "discard": "unmap",
+        }),
+    };
+    node_commands(image, mode, &node_name(image.node), &file_name, below, backing)
 }
 
-/// Gives the commands that add an image's two nodes under the names given, the upper one's first.
+/// Gives the commands that add an image's nodes under the names given, with what lies below the upper one.
 fn node_commands(
     image: &Image,
     mode: Mode,
-    [name, file_name]: [&str; 2],
+    name: &str,
+    file_name: &str,
+    below: Value,
     backing: Option<NodeId>,
 ) -> Result<[(&'static str, Value); 2]> {
     let file = json!({
@@ -387,15 +429,15 @@ fn node_commands(
         "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
         "cache": {"direct": allows_direct(&image.path)}, "aio": IO_URING,
     });
-    let mut options = format_options([name, file_name], mode);
+    let mut options = format_options(name, below, mode);
     options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
     Ok([("blockdev-add", file), ("blockdev-add", options)])
 }
 
-/// Gives the options of an image's qcow2 node, without its backing.
-fn format_options([name, file_name]: [&str; 2], mode: Mode) -> Value {
+/// Gives the options of a qcow2 node, without its backing. The file is a node's name, or the options of one.
+fn format_options(name: &str, file: Value, mode: Mode) -> Value {
     json!({
-        "driver": "qcow2", "node-name": name, "file": file_name,
+        "driver": "qcow2", "node-name": name, "file": file,
         "read-only": mode == Mode::ReadOnly, "auto-read-only": false, "discard": "unmap",
         // Zeroes that a guest writes take no space.
         "detect-zeroes": if mode == Mode::ReadWrite { "unmap" } else { "off" },

@@ -39,7 +39,7 @@ pub const BRANCHES: &str = r#"{"size": 2097152, "steps": [
     {"write": {"offset": 524288, "length": 786432, "seed": 3}}]}"#;
 
 /// Short times, so that a peer that hangs is given up soon.
-const SETTINGS: &str = r#"{"handshake_seconds": 3, "peer_silence_seconds": 2, "blocking_silence_seconds": 1,
+const SETTINGS: &str = r#"{"handshake_seconds": 3, "peer_silence_seconds": 2,
     "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10}"#;
 
 /// Bytes that must be free in memory for worlds to be there.
