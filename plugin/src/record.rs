@@ -27,6 +27,8 @@ pub const TEMPORARY: &str = ".new-";
 pub enum Durability {
     /// It is on the disk when the call returns: the commit point of an operation.
     Durable,
+    /// After a power cut it is there, or the one before it, whole: an operation whose last step may be lost.
+    Whole,
     /// It is about this boot only.
     UntilReboot,
 }
@@ -109,7 +111,7 @@ pub fn replace(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> 
     let writing = |error: io::Error| Error::on("writing", path)(error);
     let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(directory).map_err(writing)?;
     file.write_all(bytes).map_err(writing)?;
-    if durability == Durability::Durable {
+    if durability != Durability::UntilReboot {
         file.as_file().sync_all().map_err(writing)?;
     }
     file.persist(path).map_err(|error| writing(error.error))?;

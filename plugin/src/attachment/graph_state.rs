@@ -36,7 +36,11 @@ impl Attachment {
                     // Kept with the domains it concerns, for whoever deactivates them.
                     tracing::error!(error = error.chain(), "closing what a killed call left open");
                 }
-                if self.state.open.is_some() { Err(Error::Internal("it is still open".to_owned())) } else { Ok(()) }
+                if self.state.open.is_some() {
+                    Err(Error::Internal("it is still open".to_owned()))
+                } else {
+                    self.save()
+                }
             }
             Some(Phase::Exporting) => self.put_export_back(&client).await,
             Some(Phase::Open) | None => Ok(()),
@@ -48,7 +52,8 @@ impl Attachment {
         self.trouble.take().map_or(Ok(()), Err)
     }
 
-    /// Opens a chain and exports it. On failure nothing is open.
+    /// Opens a chain and exports it. On failure nothing is open. That it is open is for the caller to write down, with
+    /// whom it is for: until then nobody has been told.
     pub(super) async fn open_graph(&mut self, client: &Client, images: &[Image], mode: Mode) -> Result<()> {
         let nodes = images.iter().map(|image| image.node).collect();
         self.state.open = Some(Open { mode, nodes, overlay: None, phase: Phase::Opening });
@@ -73,13 +78,16 @@ impl Attachment {
                 Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
             };
         }
-        self.set_phase(Phase::Open)
+        if let Some(open) = &mut self.state.open {
+            open.phase = Phase::Open;
+        }
+        Ok(())
     }
 
     /// Closes what is open: clients are cut off if they do not go, and what was written is flushed.
     ///
     /// A flush that fails is kept for every active domain that writes, and returned, but everything is closed all
-    /// the same: nothing can be won by keeping it open.
+    /// the same: nothing can be won by keeping it open. That it is closed is for the caller to write down.
     pub(super) async fn close_graph(&mut self, client: &Client) -> Result<()> {
         self.learn_top(client).await?;
         let Some(open) = self.state.open.clone() else { return graph::close(client).await };
@@ -96,7 +104,6 @@ impl Attachment {
         self.set_phase(Phase::Removing)?;
         graph::remove_nodes(client, &open.nodes).await?;
         self.state.open = None;
-        self.save()?;
         flushed
     }
 

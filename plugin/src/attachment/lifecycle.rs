@@ -36,7 +36,9 @@ impl Attachment {
     /// connected; else the chain cannot be opened.
     pub async fn activate(&mut self, domain: &Domain, mode: Mode, images: &[Image]) -> Result<()> {
         self.ready()?;
-        self.ensure_daemon().await?;
+        if self.ensure_daemon().await? {
+            self.save()?;
+        }
         self.drop_stale(domain).await?;
         let current = self.state.domains.get(domain).copied().unwrap_or(Use::Attached);
         let wanted = current.max(mode.into());
@@ -78,6 +80,7 @@ impl Attachment {
             return Err(Error::Qemu { doing: "flushing the last writes".to_owned(), reason: reason.clone() });
         }
         let usage = self.state.domains.get(domain).copied().filter(|usage| usage.is_active());
+        let was_open = self.state.open.is_some();
         let others = self.state.domains.iter().filter(|(other, _)| *other != domain);
         let needed = others.filter_map(|(_, usage)| usage.mode()).max();
         let closed = match (needed, self.open_mode()) {
@@ -92,8 +95,11 @@ impl Attachment {
             }
             (Some(_), Some(_)) => Ok(()),
         };
-        if usage.is_some() && (closed.is_ok() || self.state.unflushed.contains_key(domain)) {
+        let is_over = usage.is_some() && (closed.is_ok() || self.state.unflushed.contains_key(domain));
+        if is_over {
             self.state.domains.insert(domain.clone(), Use::Attached);
+        }
+        if is_over || was_open != self.state.open.is_some() {
             self.save()?;
         }
         closed
@@ -150,14 +156,14 @@ impl Attachment {
         Ok(active.into_iter().any(|(domain, _)| connected || !domain.is_migration()))
     }
 
-    /// Starts the daemon if none runs.
-    async fn ensure_daemon(&mut self) -> Result<()> {
+    /// Starts the daemon if none runs, and tells whether it did: the caller writes it down.
+    async fn ensure_daemon(&mut self) -> Result<bool> {
         if self.state.daemon.is_some() {
-            return Ok(());
+            return Ok(false);
         }
         let unit = format!("xapi-storage-qcow2-{}", self.state.volume);
         self.state.daemon = Some(daemon::spawn(&self.host, &self.directory, &unit).await?);
-        self.save()
+        Ok(true)
     }
 
     /// Deactivates migration domains, other than the one given, that nobody is connected for.

@@ -237,16 +237,18 @@ impl Attachment {
 
     /// Forgets a daemon that has died, and what it had open.
     fn notice_death(&mut self) {
-        let dead = |process| !daemon::is_running(&self.host, &self.directory, process);
-        if self.state.daemon.as_ref().is_some_and(dead)
-            && let Err(error) = daemon::remove_files(&self.directory)
-        {
+        let Some(process) = &self.state.daemon else {
+            self.state.open = None;
+            return;
+        };
+        if daemon::is_running(&self.host, &self.directory, process) {
+            return;
+        }
+        if let Err(error) = daemon::remove_files(&self.directory) {
             tracing::warn!(error = error.chain(), "files of a daemon that has died are left");
         }
-        if self.state.daemon.as_ref().is_none_or(dead) {
-            self.state.daemon = None;
-            self.state.open = None;
-        }
+        self.state.daemon = None;
+        self.state.open = None;
     }
 }
 

@@ -269,29 +269,35 @@ pub async fn close(client: &Client) -> Result<()> {
     remove_nodes(client, &[]).await
 }
 
-/// Removes all nodes; no export may be left. Those that are known to be there, top first, are removed in one turn.
+/// Removes all nodes; no export may be left. Where those that are known to be there, top first, can be removed, no
+/// others are looked for.
 ///
 /// # Errors
 ///
 /// When one cannot be removed.
 pub async fn remove_nodes(client: &Client, known: &[NodeId]) -> Result<()> {
-    let mut left: Vec<String> = known.iter().flat_map(|node| [node_name(*node), file_name(*node)]).collect();
-    let mut listed = false;
-    loop {
+    let names: Vec<String> = known.iter().flat_map(|node| [node_name(*node), file_name(*node)]).collect();
+    if !names.is_empty() && delete(client, &names).await?.iter().all(Result::is_ok) {
+        return Ok(());
+    }
+    let mut left = nodes(client).await?;
+    while !left.is_empty() {
         // A node that another uses is refused; it is free after the other. Newest first is nearly always right.
-        let removals = left.iter().map(|name| ("blockdev-del", json!({"node-name": name})));
-        let commands: Vec<_> = removals.chain([(QUERY_NODES, json!({"flat": true}))]).collect();
-        let mut answers = client.execute_all(&commands).await?;
-        let now = nodes_in(answers.pop())?;
-        if now.is_empty() {
-            return Ok(());
-        }
-        let none_removed = answers.iter().all(Result::is_err);
-        match answers.into_iter().find_map(Result::err) {
-            Some(refusal) if listed && none_removed => return Err(refusal),
-            _ => (left, listed) = (now, true),
+        let deleted = delete(client, &left).await?;
+        let none = deleted.iter().all(Result::is_err);
+        match deleted.into_iter().find_map(Result::err) {
+            Some(refusal) if none => return Err(refusal),
+            Some(_) => left = nodes(client).await?,
+            None => break,
         }
     }
+    Ok(())
+}
+
+/// Deletes nodes, and tells which could be.
+async fn delete(client: &Client, names: &[String]) -> Result<Vec<Result<Value>>> {
+    let commands: Vec<_> = names.iter().map(|name| ("blockdev-del", json!({"node-name": name}))).collect();
+    client.execute_all(&commands).await
 }
 
 /// Writes everything that is not yet in the top's file, and stops writing to it. No export may be left.

@@ -132,6 +132,19 @@ impl LockedTree {
     ///
     /// When it cannot be written; the record is then as before, or where only the last sync failed, either.
     pub fn commit(&mut self, tree: Tree) -> Result<()> {
+        self.replace(tree, Durability::Durable)
+    }
+
+    /// Replaces the record as [`Self::commit`] does, for a change that a power cut may undo for a few seconds more.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::commit`].
+    pub fn commit_soon(&mut self, tree: Tree) -> Result<()> {
+        self.replace(tree, Durability::Whole)
+    }
+
+    fn replace(&mut self, tree: Tree, durability: Durability) -> Result<()> {
         let tree = Tree { format: tree.needed_format(), ..tree };
         tree.check().map_err(|reason| Error::Internal(format!("a change would leave a wrong tree: {reason}")))?;
         let path = record_path(&self.loaded.directory);
@@ -143,7 +156,7 @@ impl LockedTree {
             Err(error) if grows => return Err(error),
             _ => {}
         }
-        match record::replace(&path, &bytes, Durability::Durable) {
+        match record::replace(&path, &bytes, durability) {
             Err(Error::NoSpace { .. }) if !grows => {
                 record::replace_with(&spare, &path, &bytes)?;
                 self.reserve_again(bytes.len());
