@@ -73,6 +73,12 @@ pub async fn clear(client: &Client, attempts: u32) -> Result<()> {
 ///
 /// As [`clear`].
 pub async fn finish(client: &Client, attempts: u32) -> Result<()> {
+    // At once: the downtime of a migration waits for it. A node that is not there is refused.
+    let delete = |name: &str| ("blockdev-del", json!({"node-name": name}));
+    let commands = [("job-dismiss", json!({"id": JOB})), delete(SIZED_NODE), delete(TARGET_NODE)];
+    if let [Ok(_), _, Ok(_)] = client.execute_all(&commands).await?.as_slice() {
+        return Ok(());
+    }
     end(client, attempts).await?;
     remove_nodes(client, &[SIZED_NODE, TARGET_NODE]).await
 }
