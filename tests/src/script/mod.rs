@@ -10,6 +10,7 @@ mod log;
 mod process;
 mod stray;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -108,6 +109,15 @@ impl Runner {
         interpret(script, process::run(script, &self.root, &how, &input(request, &how)).await)
     }
 
+    /// Runs a program that is no script, in all else as a script is run; neither recorded nor made to fail.
+    ///
+    /// # Errors
+    /// `SCRIPT_FAILED`, when it cannot be started or holds its output open.
+    pub async fn run_program(&self, program: &Path, arguments: &[&OsStr]) -> Result<Output, Failure> {
+        let how = How::Program(arguments.iter().map(|argument| (*argument).to_owned()).collect());
+        process::run(program, &self.root, &how, "").await
+    }
+
     fn how(&self) -> How {
         if !self.traced.load(Ordering::SeqCst) {
             return How::Plain;
@@ -120,7 +130,7 @@ impl Runner {
 /// What is written to a script's stdin.
 fn input(request: &Request, how: &How) -> String {
     match how {
-        How::Plain => request.encode(),
+        How::Plain | How::Program(_) => request.encode(),
         How::Traced(traceparent) => request.traced(traceparent).encode(),
     }
 }

@@ -1,5 +1,6 @@
 //! One run of a script as a process: its environment, its pipes, its end.
 
+use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
@@ -43,6 +44,8 @@ pub(super) enum How {
     Plain,
     /// The observer, which is a Python module, with this trace context.
     Traced(String),
+    /// A program that is no script, with these arguments: what a script is measured against.
+    Program(Vec<OsString>),
 }
 
 /// Runs a script to its end.
@@ -87,9 +90,13 @@ fn spawn(script: &Path, root: &Path, how: &How) -> Result<Child, Failure> {
             .env("TRACEPARENT", traceparent)
             .env("OBSERVER_CONFIG_DIR", "/etc/xensource/observer/smapi/enabled")
             .env("PYTHONPATH", script.parent().unwrap_or(Path::new("/"))),
+        How::Program(_) => command.arg("trap '' PIPE; exec \"$0\" \"$@\""),
     };
+    command.arg(script);
+    if let How::Program(arguments) = how {
+        command.args(arguments);
+    }
     command
-        .arg(script)
         .current_dir("/")
         .env("XAPI_STORAGE_QCOW2_ROOT", root)
         .stdin(Stdio::piped())
