@@ -7,7 +7,7 @@ DESTDIR ?=
 PREFIX ?= /usr
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep check suites dependencies-demo dependencies-test build install uninstall clean
+.PHONY: help demo test sweep bench check suites dependencies-demo dependencies-test build install uninstall clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -42,6 +42,11 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_PLANS=9 \
 		$(CARGO) test --package fake-xapi --test migration random
+
+bench: dependencies-test ## Measure calls and mirrors, optimised, each against a reference (about ten minutes)
+	$(CARGO) build --release --workspace
+	mkdir -p target/bench
+	target/release/fake-xapi bench all --json target/bench/bench.json --plot target/bench
 
 dependencies-demo:
 	packaging/dependencies.sh demo

@@ -12,6 +12,7 @@
 //! Each layer uses those below it; a host's HTTP server is what calls back into smapiv2. Nothing here shares a type
 //! with the plugins.
 
+pub mod bench;
 pub mod conformance;
 pub mod db;
 pub mod demo;

@@ -1,11 +1,12 @@
 //! The executable: runs a migration or the conformance suite, shows it while it runs, and says whether everything holds.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use fake_xapi::bench::{self, Scale};
 use fake_xapi::conformance;
 use fake_xapi::demo::{History, bars};
 use fake_xapi::plan::Plan;
@@ -27,6 +28,8 @@ enum Command {
     Demo(Run),
     /// Judges a SMAPIv3 plugin: one line a rule, and the exit status says whether all are kept.
     Conformance(Judge),
+    /// Measures the plugins, each figure against a reference in the same run.
+    Bench(Bench),
     /// Migrates whatever tree a plan makes.
     Migrate {
         /// The plan, as JSON.
@@ -61,6 +64,69 @@ struct Judge {
     /// Runs every script by the observer, as xapi does with tracing on.
     #[arg(long)]
     traced: bool,
+}
+
+/// What is measured, and where it is told.
+#[derive(Args)]
+struct Bench {
+    /// What to measure.
+    #[arg(value_enum, default_value = "all")]
+    group: GroupName,
+    /// Where all samples and the machine's facts go, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where the charts go, as SVG.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+    /// How much of everything; figures of the small scale mean nothing.
+    #[arg(long, value_enum, default_value = "full")]
+    scale: ScaleName,
+    /// Where hosts and SRs are made: a directory with a short path.
+    #[arg(long, value_name = "DIR", default_value = "/tmp")]
+    place: PathBuf,
+    /// The directory of the plugins' executables; that of this one if not given.
+    #[arg(long, value_name = "DIR")]
+    binaries: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ScaleName {
+    /// Enough for figures: about ten minutes.
+    Full,
+    /// Enough to see that everything works.
+    Small,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum GroupName {
+    /// Single calls, calls at once, memory.
+    Calls,
+    /// Whole mirrors.
+    Mirror,
+    /// The reference tree.
+    Tree,
+    /// Snapshots under a guest.
+    Snapshot,
+    /// SRs of many volumes.
+    Scale,
+    /// Cluster sizes; not among all.
+    Cluster,
+    /// All that has a bar to reach.
+    All,
+}
+
+impl GroupName {
+    fn groups(self) -> Vec<bench::Group> {
+        vec![match self {
+            Self::Calls => bench::Group::Calls,
+            Self::Mirror => bench::Group::Mirror,
+            Self::Tree => bench::Group::Tree,
+            Self::Snapshot => bench::Group::Snapshot,
+            Self::Scale => bench::Group::Scale,
+            Self::Cluster => bench::Group::Cluster,
+            Self::All => return bench::Group::ALL.to_vec(),
+        }]
+    }
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {
@@ -111,6 +177,7 @@ async fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(run) => demo(&run).await,
         Command::Conformance(judge) => conformance(&judge).await,
+        Command::Bench(bench) => measure(&bench).await,
         Command::Migrate { plan, run } => migrate(&plan, &run).await,
     };
     match result {
@@ -150,6 +217,32 @@ async fn conformance(judge: &Judge) -> Result<bool> {
     Ok(report.tally.failed == 0)
 }
 
+/// Measures, tells, writes; true if everything could be measured, whatever the figures are.
+async fn measure(args: &Bench) -> Result<bool> {
+    let settings = bench::Settings {
+        binaries: binaries(args.binaries.as_deref())?,
+        place: args.place.clone(),
+        scale: match args.scale {
+            ScaleName::Full => Scale::full(),
+            ScaleName::Small => Scale::small(),
+        },
+        groups: args.group.groups(),
+    };
+    let report = bench::run(&settings, |group| {
+        // Only to be seen while it runs.
+        let _ = writeln!(std::io::stderr(), "measuring {} …", group.name());
+    })
+    .await;
+    writeln!(std::io::stdout(), "{report}").context("cannot write to standard output")?;
+    if let Some(file) = &args.json {
+        report.save(file)?;
+    }
+    if let Some(directory) = &args.plot {
+        report.plot(directory)?;
+    }
+    Ok(report.complete())
+}
+
 async fn migrate(plan: &PathBuf, run: &Run) -> Result<bool> {
     let json = std::fs::read(plan).with_context(|| format!("cannot read {}", plan.display()))?;
     let plan = Plan::parse(&json).with_context(|| plan.display().to_string())?;
@@ -159,7 +252,7 @@ async fn migrate(plan: &PathBuf, run: &Run) -> Result<bool> {
 /// Runs, tells people on standard output, writes the report; true if everything holds.
 async fn perform(subject: Subject, run: &Run) -> Result<bool> {
     let settings = Settings {
-        binaries: binaries(run)?,
+        binaries: binaries(run.binaries.as_deref())?,
         flow: run.flow.into(),
         one_host: run.one_host,
         poll: None,
@@ -174,9 +267,9 @@ async fn perform(subject: Subject, run: &Run) -> Result<bool> {
     Ok(outcome.report.ok)
 }
 
-fn binaries(run: &Run) -> Result<PathBuf> {
-    let directory = match &run.binaries {
-        Some(directory) => directory.clone(),
+fn binaries(directory: Option<&Path>) -> Result<PathBuf> {
+    let directory = match directory {
+        Some(directory) => directory.to_owned(),
         None => std::env::current_exe()?.parent().context("this executable is nowhere")?.to_owned(),
     };
     for name in ["xapi-storage-qcow2-volume", "xapi-storage-qcow2-datapath"] {

@@ -1,0 +1,138 @@
+//! The group of snapshots under a guest: the longest write around one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+
+use super::call;
+use super::report::Chart;
+use super::svg::Lines;
+use super::{Bar, Figure, Measured, Settings, Unit};
+use crate::nbd::{Client, Uri};
+use crate::scenario::Stage;
+use crate::wire::Volume;
+
+/// Bytes of one write.
+const BLOCK: u64 = 4096;
+const DISK: u64 = 1 << 30;
+
+pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
+    let stage = Stage::build(&settings.binaries, true, &settings.place).await?;
+    let result = with_guest(settings, &stage, measured).await;
+    stage.close().await;
+    result
+}
+
+async fn with_guest(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Result<()> {
+    let (host, sr, scale) = (&stage.source, &stage.source_sr, &settings.scale);
+    let volume = call::create(host, sr, DISK).await?;
+    let uri = call::plug(host, &volume, "7").await?;
+    call::write(&uri, [(0, scale.guest)], 1).await?;
+    let mut guest = Guest::start(&uri, scale.guest).await?;
+    let (mut around, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..scale.snapshots {
+        without.push(guest.longest_in(scale.window, async || Ok(())).await?);
+        around.push(guest.longest_in(scale.window, async || snapshot(stage, &volume).await).await?);
+    }
+    let (count, median) = guest.stop().await?;
+    call::unplug(host, &volume, "7").await?;
+
+    let points = |samples: &[f64]| (1u32..).map(f64::from).zip(samples.iter().map(|s| s * 1e3)).collect();
+    let lines = vec![("with a snapshot".to_owned(), points(&around)), ("without".to_owned(), points(&without))];
+    measured.charts.push((
+        "snapshot".to_owned(),
+        Chart::Lines(Lines {
+            title: "Longest write of a guest around a live snapshot".to_owned(),
+            x: "snapshot".to_owned(),
+            y: "ms".to_owned(),
+            logarithmic: false,
+            lines,
+        }),
+    ));
+    let note = format!("{count} writes of 4 KiB at queue depth 1, half of them in {:.2} ms", median * 1e3);
+    measured.add(
+        Figure::new("snapshot", "the longest write around a live snapshot", Unit::Seconds, around)
+            .against("the same time without one", without)
+            .bar(Bar::More(0.010))
+            .note(note),
+    );
+    Ok(())
+}
+
+async fn snapshot(stage: &Stage, volume: &Volume) -> Result<()> {
+    call::snapshot(&stage.source, &stage.source_sr, volume).await.map(drop)
+}
+
+/// Writes one block after the other, each when the one before is acknowledged.
+struct Guest {
+    stopping: Arc<AtomicBool>,
+    writes: tokio::sync::mpsc::UnboundedReceiver<(Instant, Instant)>,
+    task: tokio::task::JoinHandle<Result<()>>,
+    seen: Vec<(Instant, Instant)>,
+}
+
+impl Guest {
+    async fn start(uri: &Uri, region: u64) -> Result<Self> {
+        let client = Client::connect(uri).await?;
+        let stopping = Arc::new(AtomicBool::new(false));
+        let (tell, writes) = tokio::sync::mpsc::unbounded_channel();
+        let task = {
+            let stopping = Arc::clone(&stopping);
+            tokio::spawn(async move {
+                let mut random = 0x9e37_79b9_7f4a_7c15u64;
+                while !stopping.load(Ordering::Acquire) {
+                    // George Marsaglia's xorshift64.
+                    random ^= random << 13;
+                    random ^= random >> 7;
+                    random ^= random << 17;
+                    let offset = (random >> 8) % (region / BLOCK) * BLOCK;
+                    let data = Bytes::from(vec![random as u8 | 1; BLOCK as usize]);
+                    let sent = Instant::now();
+                    client.write(offset, data).await?;
+                    if tell.send((sent, Instant::now())).is_err() {
+                        break;
+                    }
+                }
+                client.disconnect().await;
+                Ok(())
+            })
+        };
+        Ok(Self { stopping, writes, task, seen: Vec::new() })
+    }
+
+    /// The longest write of those that a window saw, in the middle of which something is done; in seconds.
+    async fn longest_in(&mut self, window: Duration, done: impl AsyncFnOnce() -> Result<()>) -> Result<f64> {
+        let began = Instant::now();
+        tokio::time::sleep(window / 2).await;
+        done().await?;
+        // However long it took, the time after it is watched too.
+        tokio::time::sleep(window / 2).await;
+        let ended = Instant::now();
+        // The write that was under way when the window ended counts: it is waited for.
+        loop {
+            let write = self.writes.recv().await.context("the guest has stopped")?;
+            self.seen.push(write);
+            if write.1 >= ended {
+                break;
+            }
+        }
+        let seen = self.seen.iter().rev().take_while(|(_, acknowledged)| *acknowledged >= began);
+        let longest = seen.map(|(sent, acknowledged)| *acknowledged - *sent).max();
+        Ok(longest.context("the guest wrote nothing")?.as_secs_f64())
+    }
+
+    /// Stops it: how many writes there were, and how many seconds the median took.
+    async fn stop(mut self) -> Result<(usize, f64)> {
+        self.stopping.store(true, Ordering::Release);
+        self.task.await??;
+        while let Ok(write) = self.writes.try_recv() {
+            self.seen.push(write);
+        }
+        ensure!(!self.seen.is_empty(), "the guest wrote nothing");
+        let samples = self.seen.iter().map(|(sent, acknowledged)| (*acknowledged - *sent).as_secs_f64()).collect();
+        Ok((self.seen.len(), super::Samples(samples).median()))
+    }
+}
