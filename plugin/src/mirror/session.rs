@@ -62,7 +62,7 @@ impl Record for Session {
 #[derive(Debug)]
 pub struct Sessions {
     directory: PathBuf,
-    _lock: FileLock,
+    lock: FileLock,
 }
 
 impl Sessions {
@@ -75,7 +75,7 @@ impl Sessions {
         let directory = host.runtime_dir().join("sessions");
         host.make_runtime_dir(&directory)?;
         let lock = FileLock::acquire(&directory.join(LOCK), host.settings()?.lock())?;
-        Ok(Self { directory, _lock: lock })
+        Ok(Self { directory, lock })
     }
 
     /// Reads the record of a session; `None` when nothing is known of it.
@@ -136,6 +136,13 @@ impl Sessions {
                 tracing::warn!(error = error.chain(), "an old session's record is left");
             }
         }
+    }
+}
+
+impl Drop for Sessions {
+    fn drop(&mut self) {
+        // Still under the lock; who waits for it finds out and makes another.
+        drop(fs::remove_file(self.lock.path()));
     }
 }
 

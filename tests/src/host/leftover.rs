@@ -9,7 +9,8 @@ pub struct Leftovers {
     pub processes: Vec<(u32, String)>,
     /// Sockets that are bound below the host's runtime directory.
     pub sockets: Vec<String>,
-    /// Files in the runtime directory; the records of attached SRs are not counted.
+    /// Files in the runtime directory. Not counted are the records of attached SRs, and those of what was sent in which
+    /// session of a destination: later mirrors are planned by them.
     pub files: Vec<PathBuf>,
 }
 
@@ -24,6 +25,8 @@ impl Leftovers {
 pub(super) fn look(root: &Path, runtime: &Path) -> Leftovers {
     let mut files = Vec::new();
     collect_files(runtime, &runtime.join("srs"), &mut files);
+    files
+        .retain(|path| path.parent() != Some(&runtime.join("sessions")) || path.extension() != Some("json".as_ref()));
     files.sort();
     Leftovers { processes: processes(root), sockets: sockets(runtime), files }
 }
