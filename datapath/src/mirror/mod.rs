@@ -15,6 +15,7 @@
 
 mod control;
 mod copy;
+mod missed;
 mod prepare;
 mod progress;
 mod relay;

@@ -11,6 +11,7 @@ use plugin::qemu::qmp::{Client, Events};
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
+use super::missed::Missed;
 use super::prepare::Inner;
 use super::progress::{Verdict, Watch};
 use super::relay::Relay;
@@ -50,12 +51,23 @@ impl Supervisor {
             Err(error) => Err(error),
         };
         let outcome = match outcome {
+            Ok(Outcome::Finished) => self.send_missed(client, &mut relay).await,
+            other => other,
+        };
+        let outcome = match outcome {
             Ok(Outcome::Finished) if self.verifies() => self.verify(client, &mut relay).await,
             other => other,
         };
+        let outcome = match (outcome, &self.wanted) {
+            (Err(error), Some((how, reason))) if *how == How::Cancel || !self.record.was_complete => {
+                tracing::info!(error = error.chain(), "the mirror broke while it was being ended");
+                Ok(Outcome::Cancelled(reason.clone()))
+            }
+            (outcome, _) => outcome,
+        };
         match outcome {
             Ok(Outcome::Finished) => {
-                if self.verifies() || self.record.pace.is_some() {
+                if self.verifies() || self.record.pace.is_some() || self.missed != Missed::Nothing {
                     job::clear(client, CLEAR_LOOKS).await?;
                 } else {
                     job::finish(client, CLEAR_LOOKS).await?;
@@ -138,37 +150,33 @@ impl Supervisor {
                 job.target = SIZED_NODE;
             }
         }
-        self.bounded(relay, self.start_job(client, &job)).await?;
+        self.target = job.target;
+        if self.record.live && job.is_last {
+            self.note_writes(client).await?;
+        }
+        self.bounded(relay, start_job(client, &job)).await?;
         self.enter(Phase::Copying);
         self.watch(client, relay, &job).await
     }
 
-    /// Starts the job. auto-dismiss is off, so that how it ended can be asked after its end; on an error of either
-    /// side it ends.
-    async fn start_job(&self, client: &Client, job: &Job) -> Result<Value> {
-        let arguments = json!({
-            "job-id": JOB, "device": job.source, "target": job.target, "sync": job.sync,
-            // Never write-blocking: see docs/qemu.md.
-            "copy-mode": "background", "auto-dismiss": false,
-            "on-source-error": "report", "on-target-error": "report",
-        });
-        client.execute("blockdev-mirror", arguments).await
-    }
-
-    /// Waits for a command that needs the peer, and gives it up when the peer takes too long. The guest does not
-    /// notice such a command, but the daemon's monitors answer nobody else meanwhile.
+    /// Waits for a command that needs the peer, and gives it up when the peer takes too long or a call wants the mirror
+    /// ended. The guest does not notice such a command, but the daemon's monitors answer nobody else meanwhile.
     pub(super) async fn bounded(
-        &self,
+        &mut self,
         relay: &mut Relay,
         command: impl Future<Output = Result<Value>>,
     ) -> Result<Value> {
         let limit = Duration::from_secs(self.settings.peer_silence_seconds);
-        tokio::pin!(command);
         tokio::select! {
-            result = &mut command => return result,
+            result = command => return result,
             ended = relay.ended() => {
                 let reason = ended.err().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into());
                 return Err(Error::io("negotiating with the destination", reason));
+            }
+            wanted = want_end(&mut self.ends, &mut self.waiting) => {
+                let given_up = broken(wanted.1.clone());
+                self.wanted = Some(wanted);
+                return Err(given_up);
             }
             () = sleep(limit) => {}
         }
@@ -188,6 +196,7 @@ impl Supervisor {
                 .map_err(|_| silent("the storage daemon", DAEMON_SILENCE))??;
             let Some(job) = job else { return Err(broken("the mirror's job disappeared".to_owned())) };
             self.note(&job, relay);
+            self.stop_noting(client, &job).await?;
             match job.status.as_str() {
                 "concluded" => match job.error {
                     None if drain_until.is_some() => return Ok(Outcome::Finished),
@@ -281,6 +290,18 @@ impl Supervisor {
     }
 }
 
+/// Starts a job. auto-dismiss is off, so that how it ended can be asked after its end; on an error of either side it
+/// ends.
+async fn start_job(client: &Client, job: &Job) -> Result<Value> {
+    let arguments = json!({
+        "job-id": JOB, "device": job.source, "target": job.target, "sync": job.sync,
+        // Never write-blocking: see docs/qemu.md.
+        "copy-mode": "background", "auto-dismiss": false,
+        "on-source-error": "report", "on-target-error": "report",
+    });
+    client.execute("blockdev-mirror", arguments).await
+}
+
 /// Makes the error of something that does not answer.
 fn silent(what: &str, bound: Duration) -> Error {
     Error::Timeout { doing: format!("an answer that {what} owes"), seconds: bound.as_secs() }
@@ -312,7 +333,7 @@ fn size_of(nodes: &Value, name: &str) -> Result<u64> {
 }
 
 /// Makes the error of a mirror that broke.
-fn broken(reason: String) -> Error {
+pub(super) fn broken(reason: String) -> Error {
     Error::Qemu { doing: "mirroring".to_owned(), reason }
 }
 

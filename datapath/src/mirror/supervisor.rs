@@ -10,6 +10,7 @@ use plugin::error::{Error, Result};
 use plugin::host::{Host, Process, Settings};
 use plugin::id::{MirrorKey, VolumeUri};
 use plugin::lock::FileLock;
+use plugin::mirror::job::TARGET_NODE;
 use plugin::mirror::{EndReply, EndRequest, How, MirrorRecord, OFFLINE_DOMAIN, Phase, Plan};
 use plugin::nbd::NbdUri;
 use plugin::qemu::qmp::Client;
@@ -18,6 +19,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::timeout;
 
 use super::control::{self, Waiting};
+use super::missed::Missed;
 use super::prepare::{Begun, Inner};
 use super::relay::{Peer, Relay};
 
@@ -73,6 +75,8 @@ async fn supervise(host: &Host, key: MirrorKey) -> Result<()> {
         wanted: None,
         layers: Vec::new(),
         begun: None,
+        target: TARGET_NODE,
+        missed: Missed::Nothing,
         is_to_verify,
     };
     supervisor.record.supervisor = Some(Process::current(host)?);
@@ -131,6 +135,10 @@ pub(super) struct Supervisor {
     /// The layers that are sent one after another, oldest first; none when everything is.
     pub(super) layers: Vec<Inner>,
     pub(super) begun: Option<Begun>,
+    /// The node that the last job writes to.
+    pub(super) target: &'static str,
+    /// What was written while that job started.
+    pub(super) missed: Missed,
     /// Whether a mirror that did not send everything is compared with its source.
     pub(super) is_to_verify: bool,
 }

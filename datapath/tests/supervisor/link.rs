@@ -73,6 +73,12 @@ impl Link {
         self.rules.0.lock().unwrap().bytes_per_second = Some(bytes_per_second);
     }
 
+    /// Gives how many bytes have passed, both directions together.
+    #[allow(dead_code, reason = "not every test that has a link counts")]
+    pub fn passed(&self) -> u64 {
+        self.rules.0.lock().unwrap().passed
+    }
+
     pub fn cut(&self) {
         for stream in self.rules.0.lock().unwrap().streams.drain(..) {
             let _ = stream.shutdown(Shutdown::Both);

@@ -23,6 +23,9 @@ pub const LAYER_NODES: [&str; 2] = ["mirror-layer", "mirror-layer-file"];
 /// The exports by which source and target are compared.
 pub const COMPARED: [&str; 2] = ["mirror-source", "mirror-target"];
 
+/// The bitmap of what is written to a node while the mirror's job starts.
+pub const BITMAP: &str = "mirror-start";
+
 /// What QEMU says of a job (QAPI JobInfo).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobInfo {
@@ -62,7 +65,8 @@ pub async fn clear(client: &Client, attempts: u32) -> Result<()> {
     // First of all: the guest is not to wait for whatever else does not go.
     graph::pace(client, None).await?;
     end(client, attempts).await?;
-    remove_exports(client, attempts).await?;
+    clear_exports(client, attempts).await?;
+    remove_bitmap(client).await?;
     let [layer, file] = LAYER_NODES;
     remove_nodes(client, &[SIZED_NODE, TARGET_NODE, layer, file]).await
 }
@@ -120,8 +124,24 @@ pub async fn end(client: &Client, attempts: u32) -> Result<()> {
     Err(Error::Timeout { doing: "ending the mirror's block job".to_owned(), seconds: u64::from(attempts / 100) })
 }
 
+/// Removes the bitmap, whichever node has it.
+async fn remove_bitmap(client: &Client) -> Result<()> {
+    let nodes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
+    for node in nodes.as_array().map(Vec::as_slice).unwrap_or_default() {
+        let mut bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
+        if bitmaps.any(|bitmap| bitmap["name"] == BITMAP) {
+            client.execute("block-dirty-bitmap-remove", json!({"node": node["node-name"], "name": BITMAP})).await?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes the exports by which source and target are compared, and cuts off who reads them.
-async fn remove_exports(client: &Client, attempts: u32) -> Result<()> {
+///
+/// # Errors
+///
+/// As [`clear`].
+pub async fn clear_exports(client: &Client, attempts: u32) -> Result<()> {
     for _ in 0..attempts {
         let exports = client.execute("query-block-exports", json!({})).await?;
         let exports = exports.as_array().map(Vec::as_slice).unwrap_or_default();
