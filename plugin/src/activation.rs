@@ -24,7 +24,8 @@ use uuid::Uuid;
 use crate::attachment::Attachment;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::id::{Domain, VolumeKey, VolumeUri};
+use crate::id::{ContentId, Domain, NodeId, VolumeKey, VolumeUri};
+use crate::mirror::Base;
 use crate::qemu::block_on;
 use crate::store::{Activation, LockedTree, Mode, Sr, Tree};
 
@@ -60,7 +61,7 @@ pub fn open(host: &Host, uri: VolumeUri, persistent: bool) -> Result<()> {
         }
         // A migration that nobody is connected for: see `Domain::is_migration`.
         block_on(attachment.stop())?;
-        follow(&mut tree, uri.volume, host, &attachment)?;
+        follow(&mut tree, uri.volume, host, &mut attachment)?;
     }
     tree.empty_scratch(uri.volume, !persistent)
 }
@@ -112,8 +113,9 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
     tree.tree.volume_with_data(uri.volume)?;
     let mut attachment = Attachment::lock(host, uri)?;
     let this = host.uuid()?;
-    refuse_for_others(&tree.tree, uri.volume, this, mode)?;
     let open = attachment.open_mode();
+    let needed = attachment.mode_with(mode);
+    refuse_for_others(&tree.tree, uri.volume, this, needed)?;
     let boot_id = host.boot_id()?;
     let is_before = |claim: &Activation| claim.host == this && claim.boot_id != boot_id;
     let is_abandoned = tree.volume(uri.volume)?.active.iter().any(is_before);
@@ -122,17 +124,26 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
         let again = !scratch.ended;
         tree.empty_scratch(uri.volume, again)?;
     }
-    if mode == Mode::ReadWrite && open != Some(Mode::ReadWrite) {
-        match tree.scratch(uri.volume) {
-            Some(_) => tree.make_scratch(uri.volume)?,
-            None => tree.make_writable(uri.volume)?,
-        }
+    let begins = needed == Mode::ReadWrite && open != Some(Mode::ReadWrite);
+    let is_kept = tree.scratch(uri.volume).is_none();
+    if begins && is_kept {
+        tree.make_writable(uri.volume)?;
+    } else if begins {
+        tree.make_scratch(uri.volume)?;
     }
-    let claim = Activation { host: this, boot_id, mode: mode.max(open.unwrap_or(mode)) };
-    set_claim(&mut tree, uri.volume, this, Some(claim))?;
-    let images = tree.datapath_images(uri.volume);
-    let activated = images.and_then(|images| block_on(attachment.activate(domain, mode, &images)));
-    let claimed = follow(&mut tree, uri.volume, host, &attachment);
+    let images = tree.datapath_images(uri.volume)?;
+    let mut base = None;
+    let mut written = None;
+    if begins && is_kept {
+        // A daemon that died: whether its last writes have all come to the file is nobody's to say.
+        let is_unclean = tree.volume(uri.volume)?.active.iter().any(|claim| claim.mode == Mode::ReadWrite);
+        base = Some(if domain.is_migration() && !is_unclean { tree.base(&images) } else { Base::Unknown });
+        written = Some((tree.volume(uri.volume)?.node, None));
+    }
+    let claim = Activation { host: this, boot_id, mode: needed.max(open.unwrap_or(needed)) };
+    set_claim(&mut tree, uri.volume, this, Some(claim), written)?;
+    let activated = block_on(attachment.activate(domain, mode, &images, base));
+    let claimed = follow(&mut tree, uri.volume, host, &mut attachment);
     match (activated, claimed) {
         (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
         (activated, claimed) => activated.and(claimed),
@@ -196,7 +207,7 @@ fn with_attachment(
     let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)? else {
         return match &mut tree {
             Some(tree) => {
-                set_claim(tree, uri.volume, host.uuid()?, None)?;
+                set_claim(tree, uri.volume, host.uuid()?, None, None)?;
                 end_scratch(tree, uri.volume)
             }
             None => Ok(()),
@@ -204,7 +215,7 @@ fn with_attachment(
     };
     let closed = close(&mut attachment);
     let claimed = match &mut tree {
-        Some(tree) => follow(tree, uri.volume, host, &attachment).and_then(|()| end_scratch(tree, uri.volume)),
+        Some(tree) => follow(tree, uri.volume, host, &mut attachment).and_then(|()| end_scratch(tree, uri.volume)),
         None => Ok(()),
     };
     closed.and(claimed)
@@ -225,26 +236,47 @@ fn refuse_for_others(tree: &Tree, volume: VolumeKey, this: Uuid, mode: Mode) -> 
     }
 }
 
-/// Makes this host's claim say what is open on it.
-fn follow(tree: &mut LockedTree, volume: VolumeKey, host: &Host, attachment: &Attachment) -> Result<()> {
+/// Makes this host's claim say what is open on it, and names what was closed.
+fn follow(tree: &mut LockedTree, volume: VolumeKey, host: &Host, attachment: &mut Attachment) -> Result<()> {
     let this = host.uuid()?;
     let boot_id = host.boot_id()?;
     let claim = attachment.open_mode().map(|mode| Activation { host: this, boot_id, mode });
-    set_claim(tree, volume, this, claim)
+    let closed = attachment.take_closed().map(|(node, content)| (node, Some(content)));
+    match set_claim(tree, volume, this, claim, closed) {
+        // Nothing depends on a name, and without one the record may not grow.
+        Err(Error::NoSpace { .. }) if closed.is_some() => set_claim(tree, volume, this, claim, None),
+        result => result,
+    }
 }
 
-/// Replaces this host's claim on a volume; one that stands already is not written again.
-fn set_claim(tree: &mut LockedTree, volume: VolumeKey, this: Uuid, claim: Option<Activation>) -> Result<()> {
+/// Replaces this host's claim on a volume and, where `named` says so, the name of what the volume's node holds; what
+/// stands already is not written again.
+fn set_claim(
+    tree: &mut LockedTree,
+    volume: VolumeKey,
+    this: Uuid,
+    claim: Option<Activation>,
+    named: Option<(NodeId, Option<ContentId>)>,
+) -> Result<()> {
     let current = tree.volume(volume)?.active.iter().find(|active| active.host == this).copied();
-    if current == claim {
-        return Ok(());
-    }
     let mut after = tree.tree.clone();
-    let active = &mut after.volume_mut(volume)?.active;
-    active.retain(|active| active.host != this);
-    active.extend(claim);
-    // One that a power cut brings back claims too much, which does no harm; the downtime of a migration is saved a sync.
-    if claim.is_none() { tree.commit_soon(after) } else { tree.commit(after) }
+    let found = after.volume_mut(volume)?;
+    if current != claim {
+        found.active.retain(|active| active.host != this);
+        found.active.extend(claim);
+    }
+    if let Some((node, content)) = named.filter(|(node, _)| *node == found.node)
+        && let Some(node) = after.nodes.get_mut(&node)
+    {
+        node.content = content;
+    }
+    match claim {
+        _ if after == tree.tree => Ok(()),
+        // One that a power cut brings back claims too much, which does no harm; the downtime of a migration is saved a
+        // sync.
+        None => tree.commit_soon(after),
+        Some(_) => tree.commit(after),
+    }
 }
 
 #[cfg(test)]

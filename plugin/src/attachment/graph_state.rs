@@ -1,8 +1,10 @@
 //! Opening and closing the graph, with every step written down before it is done.
 
 use super::Attachment;
+use super::session::{Said, Session};
 use super::state::{Open, Phase};
 use crate::error::{Error, Result};
+use crate::id::{ContentId, NodeId};
 use crate::qemu::graph::{self, Export};
 use crate::qemu::qmp::Client;
 use crate::qemu::{self, Image};
@@ -42,7 +44,10 @@ impl Attachment {
                     self.save()
                 }
             }
-            Some(Phase::Exporting) => self.put_export_back(&client).await,
+            Some(Phase::Exporting) => {
+                self.learn_top(&client).await?;
+                self.put_export_back(&client).await
+            }
             Some(Phase::Open) | None => Ok(()),
         }
     }
@@ -52,14 +57,23 @@ impl Attachment {
         self.trouble.take().map_or(Ok(()), Err)
     }
 
-    /// Opens a chain and exports it. On failure nothing is open. That it is open is for the caller to write down, with
-    /// whom it is for: until then nobody has been told.
-    pub(super) async fn open_graph(&mut self, client: &Client, images: &[Image], mode: Mode) -> Result<()> {
+    /// Opens a chain and exports it, for writing in a session. On failure nothing is open. That it is open is for the
+    /// caller to write down, with whom it is for: until then nobody has been told.
+    pub(super) async fn open_graph(
+        &mut self,
+        client: &Client,
+        images: &[Image],
+        mode: Mode,
+        session: Option<Session>,
+    ) -> Result<()> {
         let nodes = images.iter().map(|image| image.node).collect();
-        self.state.open = Some(Open { mode, nodes, overlay: None, phase: Phase::Opening });
+        let session = session.filter(|_| mode == Mode::ReadWrite);
+        self.state.open = Some(Open { mode, nodes, overlay: None, session, phase: Phase::Opening });
+        self.closed = None;
         self.save()?;
         let name = self.export_name();
-        let export = Export { name: &name, mode, description: None };
+        let announces = session.and_then(|session| session.announcement());
+        let export = Export { name: &name, mode, announces };
         let mut opened = graph::open(client, images, &export).await;
         if opened.as_ref().is_err_and(Error::is_refusal) {
             // A call that was killed before its record was written may have left nodes.
@@ -104,6 +118,7 @@ impl Attachment {
         self.set_phase(Phase::Removing)?;
         graph::remove_nodes(client, &open.nodes).await?;
         self.state.open = None;
+        self.closed = held_by(&open).filter(|_| flushed.is_ok());
         flushed
     }
 
@@ -119,7 +134,9 @@ impl Attachment {
             Err(error) => return Err(error),
         }
         let flushed = self.flush(client, &open).await;
+        self.closed = held_by(&open).filter(|_| flushed.is_ok());
         open.mode = Mode::ReadOnly;
+        open.session = None;
         open.phase = Phase::Exporting;
         self.state.open = Some(open);
         self.save()?;
@@ -144,14 +161,18 @@ impl Attachment {
         Err(error)
     }
 
-    /// Adds the export again where it is missing, after a moment without it.
+    /// Adds the export again where it is missing, after a moment without it. What no longer holds is not said again.
     pub(super) async fn put_export_back(&mut self, client: &Client) -> Result<()> {
         let name = self.export_name();
-        if let Some(open) = &self.state.open
+        if let Some(open) = &mut self.state.open
             && let Some(top) = open.nodes.first()
-            && graph::exported(client).await?.is_none()
+            && !graph::is_exported(client).await?
         {
-            graph::add_export(client, *top, &Export { name: &name, mode: open.mode, description: None }).await?;
+            if let Some(session) = open.session.as_mut().filter(|session| session.said == Said::Stale) {
+                session.said = Said::Nothing;
+            }
+            let announces = open.session.and_then(|session| session.announcement());
+            graph::add_export(client, *top, &Export { name: &name, mode: open.mode, announces }).await?;
         }
         self.set_phase(Phase::Open)
     }
@@ -159,15 +180,23 @@ impl Attachment {
     /// Finds out whether the overlay of a snapshot that was not recorded to its end is the top.
     pub(super) async fn learn_top(&mut self, client: &Client) -> Result<()> {
         let Some(overlay) = self.state.open.as_ref().and_then(|open| open.overlay) else { return Ok(()) };
-        let switched = self.exported_top(client).await? == Some(overlay);
+        let switched = match self.exported_top(client).await? {
+            Some(top) => top == overlay,
+            None => graph::has_backing(client, overlay).await?,
+        };
         if !switched {
             graph::remove_overlay(client, overlay).await?;
         }
+        let mut is_away = false;
         if let Some(open) = &mut self.state.open {
             open.overlay = None;
             if switched {
                 open.nodes.insert(0, overlay);
+                is_away = open.phase == Phase::Exporting;
             }
+        }
+        if is_away {
+            self.go_on_after_end();
         }
         self.save()
     }
@@ -179,4 +208,10 @@ impl Attachment {
         }
         self.save()
     }
+}
+
+/// Gives the top of what was open for writing, with the name of what it holds once it is flushed.
+fn held_by(open: &Open) -> Option<(NodeId, ContentId)> {
+    let session = open.session.filter(|_| open.mode == Mode::ReadWrite)?;
+    Some((*open.nodes.first()?, session.token))
 }

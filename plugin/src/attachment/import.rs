@@ -10,6 +10,7 @@ use super::state::{Import, Use};
 use crate::error::{Error, Result};
 use crate::host::Launch;
 use crate::id::Domain;
+use crate::qemu;
 
 /// Gives the path of the socket at which connections are passed to an import, in a volume's runtime directory.
 pub fn import_socket(directory: &Path) -> PathBuf {
@@ -40,6 +41,8 @@ impl Attachment {
             return Ok(socket);
         }
         self.end_import(|_| true)?;
+        // Its client is not one that reads what is said.
+        qemu::block_on(self.join_session())?;
         let program = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
         let unit = format!("xapi-storage-qcow2-import-{}", self.state.volume);
         let log = self.directory.join("import.log");

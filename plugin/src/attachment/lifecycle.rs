@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use super::session::Session;
 use super::state::Use;
 use super::{Attachment, clients};
 use crate::error::{Error, Result};
 use crate::id::Domain;
+use crate::mirror::Base;
 use crate::qemu::{Image, daemon};
 use crate::store::Mode;
 
@@ -13,15 +15,18 @@ use crate::store::Mode;
 const CLIENT_GRACE: Duration = Duration::from_secs(1);
 
 impl Attachment {
-    /// Attaches a domain: its volume's daemon runs then. A domain that is attached stays as it is.
+    /// Attaches a domain: its volume's daemon runs then. A domain that is attached stays as it is; what the export says
+    /// holds for whoever connects for it next.
     ///
     /// # Errors
     ///
-    /// When the daemon does not start.
+    /// When the daemon does not start; [`Error::VolumeInUse`] when the export says what no longer holds, and cannot be
+    /// taken away because another domain is connected.
     pub async fn attach(&mut self, domain: &Domain) -> Result<()> {
         self.ensure_daemon().await?;
         self.state.domains.entry(domain.clone()).or_insert(Use::Attached);
-        self.save()
+        self.save()?;
+        self.renew_session(domain, true).await
     }
 
     /// Activates a domain, attached or not: the chain given, top first, is then open and exported, and writable if
@@ -30,11 +35,19 @@ impl Attachment {
     /// A migration's domain without a client is nobody ([`Domain::is_migration`]); it is deactivated by the way. A
     /// domain that is active already keeps what it may do, or may do more.
     ///
+    /// `base` tells what the chain reads as, where it is opened for writing and what is written stays.
+    ///
     /// # Errors
     ///
     /// [`Error::VolumeInUse`] when the volume is open read-only and cannot be reopened, because a client is
     /// connected; else the chain cannot be opened.
-    pub async fn activate(&mut self, domain: &Domain, mode: Mode, images: &[Image]) -> Result<()> {
+    pub async fn activate(
+        &mut self,
+        domain: &Domain,
+        mode: Mode,
+        images: &[Image],
+        base: Option<Base>,
+    ) -> Result<()> {
         self.ready()?;
         if self.ensure_daemon().await? {
             self.save()?;
@@ -43,7 +56,10 @@ impl Attachment {
         let current = self.state.domains.get(domain).copied().unwrap_or(Use::Attached);
         let wanted = current.max(mode.into());
         let needed = self.state.needed().max(wanted.mode()).unwrap_or(mode);
+        let session = base.map(|base| Session::begin(base, self.may_tell(domain)));
         match self.open_mode() {
+            Some(Mode::ReadWrite) if current == Use::ReadWrite => self.renew_session(domain, false).await?,
+            Some(Mode::ReadWrite) if wanted == Use::ReadWrite => self.join_session().await?,
             Some(open) if open >= needed => {}
             Some(_) => {
                 if !self.clients_are_gone().await? {
@@ -54,11 +70,11 @@ impl Attachment {
                 }
                 let client = self.client().await?;
                 self.close_graph(&client).await?;
-                self.open_graph(&client, images, needed).await?;
+                self.open_graph(&client, images, needed, session).await?;
             }
             None => {
                 let client = self.client().await?;
-                self.open_graph(&client, images, needed).await?;
+                self.open_graph(&client, images, needed, session).await?;
             }
         }
         self.state.domains.insert(domain.clone(), wanted);
@@ -184,7 +200,7 @@ impl Attachment {
     }
 
     /// Waits a little for the clients to go, and tells whether they have.
-    async fn clients_are_gone(&self) -> Result<bool> {
+    pub(super) async fn clients_are_gone(&self) -> Result<bool> {
         let deadline = Instant::now() + CLIENT_GRACE;
         loop {
             if clients::count(&self.sockets().nbd())? == 0 {

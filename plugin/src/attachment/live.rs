@@ -3,6 +3,7 @@
 use super::Attachment;
 use super::state::Phase;
 use crate::error::{Error, Result};
+use crate::id::ContentId;
 use crate::qemu::{Image, graph};
 use crate::store::Mode;
 
@@ -10,29 +11,56 @@ impl Attachment {
     /// Puts an overlay, whose file is there and empty, on the top of what is open; clients go on without noticing, and
     /// from then on write to the overlay. Does nothing when it is on top already.
     ///
+    /// Gives the name of what was on top, where clients were told of a session and it was ended for this: nobody is
+    /// connected then, and the next session begins.
+    ///
     /// # Errors
     ///
     /// When nothing is open, or the daemon refuses, which it does while a block job runs; nothing has changed then.
     /// After a time-out [`Self::top`] tells.
-    pub async fn snapshot(&mut self, overlay: &Image) -> Result<()> {
+    pub async fn snapshot(&mut self, overlay: &Image) -> Result<Option<ContentId>> {
         self.ready()?;
         let client = self.client().await?;
         self.learn_top(&client).await?;
-        let Some(open) = &mut self.state.open else { return Err(self.not_open()) };
+        let Some(open) = &self.state.open else { return Err(self.not_open()) };
         let mode = open.mode;
         let top = match open.nodes.first() {
-            Some(top) if *top == overlay.node => return Ok(()),
+            Some(top) if *top == overlay.node => return Ok(None),
             Some(top) => *top,
             None => return Err(Error::Internal("an open chain without nodes".to_owned())),
         };
-        open.overlay = Some(overlay.node);
+        let ended = self.end_session(&client).await?;
+        if let Some(open) = &mut self.state.open {
+            open.overlay = Some(overlay.node);
+        }
         self.save()?;
-        graph::snapshot(&client, top, overlay, mode).await?;
+        match graph::snapshot(&client, top, overlay, mode).await {
+            Ok(()) => {}
+            // Refused, so that everything is as it was. After any other error the next call finds out.
+            Err(first @ (Error::Qmp { .. } | Error::NoSpace { .. })) if ended.is_some() => {
+                let undone = async {
+                    self.learn_top(&client).await?;
+                    self.put_export_back(&client).await
+                };
+                return match undone.await {
+                    Ok(()) => Err(first),
+                    Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+                };
+            }
+            Err(error) => return Err(error),
+        }
         if let Some(open) = &mut self.state.open {
             open.nodes.insert(0, overlay.node);
             open.overlay = None;
         }
-        self.save()
+        if ended.is_some() {
+            self.go_on_after_end();
+        }
+        self.save()?;
+        if ended.is_some() {
+            self.put_export_back(&client).await?;
+        }
+        Ok(ended)
     }
 
     /// Removes what [`Self::snapshot`] opened for an overlay that did not become the top; nothing of it is fine too.

@@ -20,6 +20,7 @@ mod graph_state;
 mod import;
 mod lifecycle;
 mod live;
+mod session;
 mod state;
 
 use std::collections::BTreeMap;
@@ -29,7 +30,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::host::{Host, Settings};
-use crate::id::{Domain, NodeId, VolumeKey, VolumeUri};
+use crate::id::{ContentId, Domain, NodeId, VolumeKey, VolumeUri};
 use crate::lock::FileLock;
 use crate::qemu::daemon::{self, Sockets};
 use crate::qemu::graph;
@@ -53,6 +54,8 @@ pub struct Attachment {
     state: State,
     /// Why what a killed call left half done could not be finished.
     trouble: Option<Error>,
+    /// The node that was written to and is closed now, all of it flushed, with the name of what it holds.
+    closed: Option<(NodeId, ContentId)>,
     _lock: FileLock,
 }
 
@@ -121,11 +124,13 @@ impl Attachment {
             Some(process) => format!("daemon {} is gone", process.pid),
             None => "no daemon".to_owned(),
         };
+        let announced = state.open.as_ref().and_then(|open| open.session.and_then(|session| session.announcement()));
+        let announced = announced.map_or_else(String::new, |announced| format!(", announced as \"{announced}\""));
         let open = state.open.map_or_else(|| "closed".to_owned(), |open| format!("{:?} {:?}", open.phase, open.mode));
         let domains: Vec<String> =
             state.domains.iter().map(|(domain, usage)| format!("{domain} {usage:?}")).collect();
         let clients = clients::count(&Sockets::of(&directory).nbd())?;
-        Ok(format!("{daemon}, {open}, {clients} clients, domains: {}", domains.join(", ")))
+        Ok(format!("{daemon}, {open}{announced}, {clients} clients, domains: {}", domains.join(", ")))
     }
 
     /// Reads the record behind a lock that was taken; without one, makes it for `uri` or, without that, gives `None`.
@@ -150,7 +155,8 @@ impl Attachment {
         if uri.is_some_and(|uri| uri.sr != state.sr) {
             return Err(Error::BadRequest(format!("volume {} is attached from SR {}", state.volume, state.sr)));
         }
-        let mut attachment = Self { host: host.clone(), settings, directory, state, trouble: None, _lock: lock };
+        let mut attachment =
+            Self { host: host.clone(), settings, directory, state, trouble: None, closed: None, _lock: lock };
         attachment.notice_death();
         attachment.settle();
         Ok(Some(attachment))
@@ -174,6 +180,17 @@ impl Attachment {
     /// Gives how the volume is open in a daemon that runs; `None` when it is not.
     pub fn open_mode(&self) -> Option<Mode> {
         self.state.open.as_ref().map(|open| open.mode)
+    }
+
+    /// Gives how the volume would be open once it is activated for a mode: whoever is active already needs it too.
+    pub fn mode_with(&self, mode: Mode) -> Mode {
+        mode.max(self.state.needed().unwrap_or(mode))
+    }
+
+    /// Gives the node that this call closed after it was written to, with the name of what it holds, once. None where
+    /// not everything was flushed.
+    pub fn take_closed(&mut self) -> Option<(NodeId, ContentId)> {
+        self.closed.take().filter(|_| self.open_mode() != Some(Mode::ReadWrite))
     }
 
     /// Gives the sockets of the volume's daemon.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::session::Session;
 use crate::host::Process;
 use crate::id::{Domain, NodeId, SrUuid, VolumeKey, VolumeUri};
 use crate::record::Record;
@@ -98,6 +99,9 @@ pub(super) struct Open {
     /// An overlay that is being put on the top, until it is known whether it was.
     #[serde(default)]
     pub overlay: Option<NodeId>,
+    /// What is said of its content; nothing of what is only read, or thrown away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<Session>,
     /// How far it is.
     pub phase: Phase,
 }

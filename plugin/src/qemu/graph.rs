@@ -27,7 +27,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use super::Image;
 use super::qmp::{Client, Events};
 use crate::error::{Error, Result};
-use crate::id::NodeId;
+use crate::id::{ContentId, NodeId};
+use crate::mirror::Announcement;
 use crate::store::Mode;
 
 /// How long a client may take to go before its export is taken away from under it: xapi's proxy closes its connection
@@ -80,8 +81,8 @@ pub struct Export<'a> {
     pub name: &'a str,
     /// Whether clients may write.
     pub mode: Mode,
-    /// What NBD clients are told of it.
-    pub description: Option<&'a str>,
+    /// What NBD clients are told of it; whether anything was written since is then known ([`is_unwritten`]).
+    pub announces: Option<Announcement>,
 }
 
 /// Opens a chain, given top first, and exports its top. The daemon has nothing open before.
@@ -98,7 +99,7 @@ pub async fn open(client: &Client, images: &[Image], export: &Export<'_>) -> Res
         backing = Some(image.node);
     }
     let top = backing.ok_or_else(|| Error::Internal("a chain without images".to_owned()))?;
-    commands.push(export_command(top, export));
+    commands.extend(export_commands(top, export));
     carry_out(client, commands).await
 }
 
@@ -108,18 +109,25 @@ pub async fn open(client: &Client, images: &[Image], export: &Export<'_>) -> Res
 ///
 /// When it cannot be exported.
 pub async fn add_export(client: &Client, node: NodeId, export: &Export<'_>) -> Result<()> {
-    carry_out(client, vec![export_command(node, export)]).await
+    carry_out(client, export_commands(node, export)).await
 }
 
-fn export_command(node: NodeId, export: &Export<'_>) -> (&'static str, Value) {
+fn export_commands(node: NodeId, export: &Export<'_>) -> Vec<(&'static str, Value)> {
     let mut arguments = json!({
         "type": "nbd", "id": EXPORT, "name": export.name, "node-name": node_name(node),
         "writable": export.mode == Mode::ReadWrite,
     });
-    if let Some(description) = export.description {
-        arguments["description"] = description.into();
+    let mut commands = Vec::new();
+    if let Some(announces) = &export.announces {
+        arguments["description"] = announces.to_string().into();
+        // Whether something is written is asked, not where. Refused where it is there and goes on; without it everything
+        // counts as written.
+        let name = announces.session.to_string();
+        let bitmap = json!({"node": node_name(node), "name": name, "persistent": false, "granularity": 64 << 20});
+        commands.push(("block-dirty-bitmap-add", bitmap));
     }
-    ("block-export-add", arguments)
+    commands.push(("block-export-add", arguments));
+    commands
 }
 
 /// Has commands executed of which each needs those before, all sent at once. What is refused, because it needs what a
@@ -228,19 +236,34 @@ async fn gone(client: &Client, events: &mut Events) -> Result<()> {
 ///
 /// When the daemon does not answer.
 pub async fn exported(client: &Client) -> Result<Option<String>> {
-    export_in(Some(client.execute(QUERY_EXPORTS, ()).await))
+    Ok(export_in(Some(client.execute(QUERY_EXPORTS, ()).await))?.map(|export| export.node_name))
 }
 
-/// Takes the export's node from the answer to [`QUERY_EXPORTS`].
-fn export_in(answer: Option<Result<Value>>) -> Result<Option<String>> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct BlockExport {
-        id: String,
-        node_name: String,
+/// Tells whether there is an export. One that is just going is waited for.
+///
+/// # Errors
+///
+/// When the daemon does not answer, or the export does not go.
+pub async fn is_exported(client: &Client) -> Result<bool> {
+    match export_in(Some(client.execute(QUERY_EXPORTS, ()).await))? {
+        Some(export) if export.shutting_down => gone(client, &mut client.events()).await.map(|()| false),
+        found => Ok(found.is_some()),
     }
+}
+
+/// An export as [`QUERY_EXPORTS`] describes it.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockExport {
+    id: String,
+    node_name: String,
+    shutting_down: bool,
+}
+
+/// Takes the volume's export from the answer to [`QUERY_EXPORTS`].
+fn export_in(answer: Option<Result<Value>>) -> Result<Option<BlockExport>> {
     let exports: Vec<BlockExport> = decode(QUERY_EXPORTS, answer)?;
-    Ok(exports.into_iter().find(|export| export.id == EXPORT).map(|export| export.node_name))
+    Ok(exports.into_iter().find(|export| export.id == EXPORT))
 }
 
 /// Lists the names of the nodes of chains, the last one added first.
@@ -250,13 +273,65 @@ async fn nodes(client: &Client) -> Result<Vec<String>> {
 
 /// Takes the names from the answer to [`QUERY_NODES`].
 fn nodes_in(answer: Option<Result<Value>>) -> Result<Vec<String>> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct BlockDevice {
-        node_name: Option<String>,
-    }
     let nodes: Vec<BlockDevice> = decode(QUERY_NODES, answer)?;
     Ok(nodes.into_iter().filter_map(|node| node.node_name).filter(|name| is_ours(name)).collect())
+}
+
+/// A node as [`QUERY_NODES`] describes it.
+#[derive(Deserialize)]
+struct BlockDevice {
+    #[serde(rename = "node-name")]
+    node_name: Option<String>,
+    backing_file: Option<String>,
+    #[serde(rename = "dirty-bitmaps", default)]
+    dirty_bitmaps: Vec<DirtyBitmap>,
+}
+
+#[derive(Deserialize)]
+struct DirtyBitmap {
+    name: Option<String>,
+    count: u64,
+}
+
+/// Describes a node; `None` when there is none.
+async fn device(client: &Client, node: NodeId) -> Result<Option<BlockDevice>> {
+    let answer = client.execute(QUERY_NODES, json!({"flat": true})).await;
+    let devices: Vec<BlockDevice> = decode(QUERY_NODES, Some(answer))?;
+    let name = Some(node_name(node));
+    Ok(devices.into_iter().find(|device| device.node_name == name))
+}
+
+/// Tells whether a node that was opened without a backing has one, as [`snapshot`] gives it.
+///
+/// # Errors
+///
+/// When the daemon does not answer.
+pub async fn has_backing(client: &Client, node: NodeId) -> Result<bool> {
+    Ok(device(client, node).await?.is_some_and(|device| device.backing_file.is_some()))
+}
+
+/// Tells whether nothing at all was written to a node since an export was added that announces a session.
+///
+/// # Errors
+///
+/// When the daemon does not answer.
+pub async fn is_unwritten(client: &Client, node: NodeId, session: ContentId) -> Result<bool> {
+    let name = session.to_string();
+    let mut bitmaps = device(client, node).await?.into_iter().flat_map(|device| device.dirty_bitmaps);
+    Ok(bitmaps.any(|bitmap| bitmap.name.as_ref() == Some(&name) && bitmap.count == 0))
+}
+
+/// No longer looks whether a node is written to in a session, where that was done.
+///
+/// # Errors
+///
+/// When the daemon does not answer.
+pub async fn forget_writes(client: &Client, node: NodeId, session: ContentId) -> Result<()> {
+    let arguments = json!({"node": node_name(node), "name": session.to_string()});
+    match client.execute("block-dirty-bitmap-remove", arguments).await {
+        Ok(_) | Err(Error::Qmp { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Closes what is open, without flushing it first: removes the export, cutting off its clients, and all nodes.

@@ -12,12 +12,12 @@
 
 use super::header::Header;
 use super::locked::LockedTree;
-use super::plan;
 use super::tree::{Change, Intent, Mode};
+use super::{content, plan};
 use crate::attachment::Attachment;
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::id::VolumeKey;
+use crate::id::{ContentId, VolumeKey};
 use crate::qemu::{self, Image, img};
 
 /// What became of an operation that was begun.
@@ -59,9 +59,9 @@ impl LockedTree {
         // What it knows of the daemon may have become wrong.
         drop(attachment);
         let ended = match &switched {
-            Ok(()) => self.end_switch(Outcome::Done).map(|()| Outcome::Done),
+            Ok(left) => self.end_switch(Outcome::Done, *left).map(|()| Outcome::Done),
             Err(_) => self.find_outcome(host, moves.volume, &overlay).and_then(|outcome| {
-                self.end_switch(outcome)?;
+                self.end_switch(outcome, None)?;
                 Ok(outcome)
             }),
         };
@@ -69,8 +69,8 @@ impl LockedTree {
             (_, Ok(Outcome::Done)) => Ok(()),
             (Err(first), Ok(Outcome::Undone)) => Err(first),
             (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-            (Ok(()), Ok(Outcome::Undone)) => Err(Error::Internal("a switch that was made was undone".to_owned())),
-            (Ok(()), Err(error)) => Err(error),
+            (Ok(_), Ok(Outcome::Undone)) => Err(Error::Internal("a switch that was made was undone".to_owned())),
+            (Ok(_), Err(error)) => Err(error),
         }
     }
 
@@ -131,7 +131,7 @@ impl LockedTree {
                 };
                 let overlay = self.image_of(&change, moves.overlay)?;
                 let outcome = self.find_outcome(host, volume, &overlay)?;
-                self.end_switch(outcome)
+                self.end_switch(outcome, None)
             }
             Intent::Resize { .. } => {
                 if let Some(attachment) = Attachment::lock_existing(host, volume)? {
@@ -169,8 +169,9 @@ impl LockedTree {
         })
     }
 
-    /// Ends a switch whose outcome is known.
-    fn end_switch(&mut self, outcome: Outcome) -> Result<()> {
+    /// Ends a switch whose outcome is known. `left` names what is in the node that was written to before, where the one
+    /// that switched the daemon saw to it that this is all it was told to name.
+    fn end_switch(&mut self, outcome: Outcome, left: Option<ContentId>) -> Result<()> {
         let Some(Intent::Switch(change)) = self.tree.intent.clone() else {
             return Ok(());
         };
@@ -180,7 +181,9 @@ impl LockedTree {
                     self.sr().link(*key, self.id)?;
                 }
                 self.sr().sync_links()?;
-                self.commit(plan::rolled_forward(&self.tree))
+                let mut after = plan::rolled_forward(&self.tree);
+                content::left(&mut after, &change, left.unwrap_or_else(ContentId::random));
+                self.commit(after)
             }
             Outcome::Undone => {
                 self.commit(plan::rolled_back(&self.tree))?;

@@ -12,9 +12,9 @@ use super::blank::{Blank, Unit};
 use super::header::Header;
 use super::sr::{OLD, Sr};
 use super::tree::{Change, Tree, Volume};
-use super::{garbage, plan};
+use super::{content, garbage, plan};
 use crate::error::{Error, Result};
-use crate::id::{NodeId, TreeId, VolumeKey};
+use crate::id::{ContentId, NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::qemu::Image;
 use crate::record::{self, Durability};
@@ -256,7 +256,9 @@ impl LockedTree {
     /// When it cannot be done; nothing of it is left then.
     pub fn apply(&mut self, change: &Change) -> Result<()> {
         self.prepare(change)?;
-        let committed = self.commit(plan::applied(&self.tree, change));
+        let mut after = plan::applied(&self.tree, change);
+        content::frozen(&mut after, change, ContentId::random());
+        let committed = self.commit(after);
         if committed.is_err() {
             self.sweep(change.volumes.keys().copied());
         }
@@ -276,7 +278,8 @@ impl LockedTree {
         let node = after.node(overlay)?.clone();
         let made = Change { nodes: BTreeMap::from([(overlay, node)]), ..Change::default() };
         self.prepare(&made)?;
-        let after = self.without_files(after);
+        let mut after = self.without_files(after);
+        content::frozen(&mut after, &made, ContentId::random());
         let committed = self.commit(after);
         self.sweep([]);
         committed

@@ -25,6 +25,7 @@ mod allocation;
 mod blank;
 mod changed;
 pub mod compose;
+mod content;
 mod garbage;
 mod header;
 pub mod health;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use plugin::attachment::Attachment;
 use plugin::host::Host;
 use plugin::id::{Domain, NodeId, SrUuid, VolumeKey, VolumeUri};
+use plugin::mirror::Base;
 use plugin::qemu::{Image, block_on};
 use plugin::store::{Blank, Mode, Unit};
 use rustix::process::{Pid, Signal, kill_process};
@@ -66,7 +67,7 @@ impl Scene {
     }
 
     pub fn try_activate(&self, domain: &str, mode: Mode, images: &[Image]) -> plugin::Result<()> {
-        block_on(self.attachment().activate(&as_domain(domain), mode, images))
+        block_on(self.attachment().activate(&as_domain(domain), mode, images, Some(Base::Unknown)))
     }
 
     pub fn activate(&self, domain: &str, mode: Mode, images: &[Image]) {
