@@ -39,6 +39,14 @@ impl Usage {
         }
     }
 
+    /// Refuses what must not happen while the volume is written to.
+    pub fn refuse_writer(self, key: VolumeKey) -> Result<()> {
+        match self {
+            Self::Here(Mode::ReadWrite) => Err(in_use(key, "it is active on this host")),
+            _ => self.refuse_writer_elsewhere(key),
+        }
+    }
+
     /// Refuses what another host's guest would write through.
     pub fn refuse_writer_elsewhere(self, key: VolumeKey) -> Result<()> {
         match self {

@@ -9,4 +9,5 @@ mod import;
 mod rough;
 mod scene;
 mod scratch;
+mod session;
 mod tapdisk;

@@ -170,3 +170,15 @@ pub fn answer(mut child: Child) -> Result<Value, Failure> {
     let params = value["params"].as_array().unwrap().iter().map(|param| param.as_str().unwrap().to_owned());
     Err(Failure { code: value["code"].as_str().unwrap().to_owned(), params: params.collect() })
 }
+
+/// Makes a call that is killed at the n-th of a system call; false when it was through before. `None` without strace.
+pub fn killed_at(scene: &Scene, method: &str, request: &Value, call: &str, n: u32) -> Option<bool> {
+    let mut strace = Command::new("strace");
+    strace.args(["-qq", "-o", "/dev/null", "-e", &format!("inject={call}:signal=KILL:when={n}")]);
+    strace.arg(executable()).args([method, "--json"]).env(plugin::host::ROOT_VARIABLE, scene.host.root());
+    if Command::new("strace").arg("-V").output().is_err() {
+        return None;
+    }
+    let output = start(&mut strace, request.to_string().as_bytes()).wait_with_output().unwrap();
+    Some(!output.status.success())
+}

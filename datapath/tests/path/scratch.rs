@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::hosts::kill_daemon;
-use super::scene::{Failure, Scene, answer, command, executable, start};
+use super::scene::{Failure, Scene, answer, command, killed_at, start};
 
 fn open(scene: &Scene, persistent: bool) -> Result<Value, Failure> {
     let request = json!({"uri": scene.uri.to_string(), "persistent": persistent, "dbg": ""});
@@ -151,18 +151,6 @@ fn after_a_crash_nothing_of_it_is_there() {
 
 /// System calls by which something is changed, or waited for. strace counts each by itself.
 const STEPS: [&str; 8] = ["flock", "write", "fsync", "rename", "unlink", "fallocate", "clone3", "sendto"];
-
-/// Makes a call that is killed at the n-th of a system call; false when it was through before. `None` without strace.
-fn killed_at(scene: &Scene, method: &str, request: &Value, call: &str, n: u32) -> Option<bool> {
-    let mut strace = Command::new("strace");
-    strace.args(["-qq", "-o", "/dev/null", "-e", &format!("inject={call}:signal=KILL:when={n}")]);
-    strace.arg(executable()).args([method, "--json"]).env(plugin::host::ROOT_VARIABLE, scene.host.root());
-    if Command::new("strace").arg("-V").output().is_err() {
-        return None;
-    }
-    let output = start(&mut strace, request.to_string().as_bytes()).wait_with_output().unwrap();
-    Some(!output.status.success())
-}
 
 #[test]
 fn calls_killed_at_any_step_keep_what_stays_and_throw_the_rest_away() {

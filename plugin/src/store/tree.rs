@@ -621,6 +621,8 @@ mod tests {
         };
         assert_eq!(needed(|_| {}), 1);
         assert_eq!(needed(|value| value["scratch"] = json!({V: {}})), 2);
+        assert_eq!(needed(|value| value["history"] = json!({A: {"virtual_size": 512}})), 2);
+        assert_eq!(needed(|value| value["volumes"][V]["data_destroyed"] = json!(true)), 2);
         assert_eq!(needed(|value| value["nodes"][A]["content"] = json!(V)), 3);
         let tree: Tree = serde_json::from_value(sound()).unwrap();
         let text = serde_json::to_string(&tree).unwrap();

@@ -165,9 +165,11 @@ fn a_flush_that_fails_is_an_error_and_no_later_call_makes_a_success_of_it() {
     fs::OpenOptions::new().write(true).open(&chain[0].path).unwrap().set_len(0).unwrap();
     small.fill();
     for _ in 0..2 {
-        let error = scene.try_deactivate("7").unwrap_err();
+        let mut attachment = scene.attachment();
+        let error = plugin::qemu::block_on(attachment.deactivate(&as_domain("7"))).unwrap_err();
         assert!(error.chain().contains("space"), "{error}");
-        assert_eq!(scene.open_mode(), None);
+        assert_eq!(attachment.open_mode(), None);
+        assert_eq!(attachment.take_closed(), None, "what is in the file is not known");
     }
     fs::remove_file(path.join("filling")).unwrap();
     assert!(scene.try_deactivate("7").is_err());

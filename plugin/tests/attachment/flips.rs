@@ -2,6 +2,7 @@
 
 use plugin::attachment::Use;
 use plugin::error::Error;
+use plugin::qemu::block_on;
 use plugin::store::Mode;
 use serde_json::json;
 
@@ -53,6 +54,31 @@ fn when_the_last_writer_goes_the_volume_is_flushed_and_only_read() {
     assert!(scene.io(true, &["read -P 5 0 64k"]));
     scene.activate("7", Mode::ReadWrite, &chain);
     assert!(scene.io(false, &["write -P 6 0 64k"]));
+}
+
+#[test]
+fn what_was_written_and_closed_is_named_once_and_what_was_read_is_not() {
+    let scene = Scene::new();
+    let chain = [scene.image(), scene.image()];
+    let closed = |domain: &str| {
+        let mut attachment = scene.attachment();
+        block_on(attachment.deactivate(&as_domain(domain))).unwrap();
+        let closed = attachment.take_closed();
+        assert_eq!(attachment.take_closed(), None);
+        closed.map(|(node, _)| node)
+    };
+    scene.activate("7", Mode::ReadOnly, &chain);
+    assert_eq!(closed("7"), None);
+    scene.activate("7", Mode::ReadWrite, &chain);
+    scene.activate("8", Mode::ReadWrite, &chain);
+    assert_eq!(closed("7"), None);
+    assert_eq!(closed("8"), Some(chain[0].node));
+    scene.activate("7", Mode::ReadWrite, &chain);
+    scene.activate("8", Mode::ReadOnly, &chain);
+    let reader = scene.client(true);
+    assert_eq!(closed("7"), None, "a client may still write");
+    drop(reader);
+    assert_eq!(closed("8"), Some(chain[0].node));
 }
 
 #[test]

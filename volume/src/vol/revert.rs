@@ -23,9 +23,9 @@ pub struct Parameters {
 ///
 /// # Errors
 ///
-/// [`plugin::Error::VolumeInUse`] or [`plugin::Error::ActivatedOnAnotherHost`] while the volume is open anywhere: xapi shuts a VM down
-/// before it reverts it (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`). [`plugin::Error::Unsupported`] for a snapshot of another
-/// disk. The volume is then as before.
+/// [`plugin::Error::VolumeInUse`] or [`plugin::Error::ActivatedOnAnotherHost`] while the volume is open anywhere, or the
+/// snapshot for writing: xapi shuts a VM down before it reverts it (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`).
+/// [`plugin::Error::Unsupported`] for a snapshot of another disk. The volume is then as before.
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let sr = parameters.sr.open(host)?;
     let (key, snapshot) = (parameters.key.key()?, parameters.snapshot.key()?);
@@ -34,5 +34,8 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let mut tree = sr.lock(host, key)?;
     usage::refuse_mirrored(host, key)?;
     Usage::of(host, &tree, key)?.refuse_active(key)?;
+    if tree.tree.volumes.contains_key(&snapshot) {
+        Usage::of(host, &tree, snapshot)?.refuse_writer(snapshot)?;
+    }
     tree.revert(key, snapshot)
 }

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -303,6 +303,17 @@ impl Host {
     /// Makes a call that is killed at its n-th of some system calls; false when it was through before. `None` without
     /// strace, by which this is done.
     pub fn killed_at(&self, method: &str, request: &Value, calls: &str, n: u32) -> Option<bool> {
+        let output = self.kill_at(method, request, calls, n)?;
+        if output.status.success() {
+            return Some(false);
+        }
+        let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
+        assert_eq!(signal, Some(9), "{method}: {output:?}");
+        Some(true)
+    }
+
+    /// Makes a call that is killed at its n-th of some system calls, unless it ends before; `None` without strace.
+    pub fn kill_at(&self, method: &str, request: &Value, calls: &str, n: u32) -> Option<Output> {
         // Only the executable itself is followed: a qemu-img that it started lives on, as it does in earnest.
         let mut child = Command::new("strace")
             .args(["-qq", "-o", "/dev/null", "-e"])
@@ -316,13 +327,7 @@ impl Host {
             .spawn()
             .ok()?;
         let _ = child.stdin.take().unwrap().write_all(request.to_string().as_bytes());
-        let output = child.wait_with_output().unwrap();
-        if output.status.success() {
-            return Some(false);
-        }
-        let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
-        assert_eq!(signal, Some(9), "{method}: {output:?}");
-        Some(true)
+        Some(child.wait_with_output().unwrap())
     }
 }
 
@@ -395,6 +400,15 @@ impl Guest {
     pub fn disconnect(mut self) {
         self.send("quit");
         assert!(self.child.wait().unwrap().success());
+    }
+
+    /// Tells whether its connection was closed by the other side.
+    pub fn is_cut_off(&mut self) -> bool {
+        use std::io::BufRead;
+        self.send("read 0 512");
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        line.contains("failed") || line.is_empty()
     }
 
     /// Ends the guest whose disk is gone.
