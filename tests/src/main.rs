@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fake_xapi::bench::{self, Scale};
 use fake_xapi::conformance;
@@ -228,11 +228,15 @@ async fn measure(args: &Bench) -> Result<bool> {
         },
         groups: args.group.groups(),
     };
-    let report = bench::run(&settings, |group| {
+    let run = bench::run(&settings, |group| {
         // Only to be seen while it runs.
         let _ = writeln!(std::io::stderr(), "measuring {} …", group.name());
-    })
-    .await;
+    });
+    let report = tokio::select! {
+        report = run => report,
+        // What is dropped here takes its processes and mounts with it.
+        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+    };
     writeln!(std::io::stdout(), "{report}").context("cannot write to standard output")?;
     if let Some(file) = &args.json {
         report.save(file)?;

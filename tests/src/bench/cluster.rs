@@ -26,20 +26,29 @@ const KINDS: [(&str, &str); 4] = [
 ];
 /// The kind that volumes are of.
 const OURS: &str = "64k";
-/// Writes of 4 KiB whose latency is looked at.
-const WRITES: u64 = 2000;
+/// Writes of 4 KiB of one round.
+const WRITES: u64 = 1000;
 const BLOCK: u64 = 4096;
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("fx-").tempdir_in(&settings.place)?;
     let lab =
-        Lab { directory: directory.path().to_owned(), size: settings.scale.mirror, qemu_img: tool("qemu-img")? };
+        Lab { directory: directory.path().to_owned(), size: settings.scale.mirror / 2, qemu_img: tool("qemu-img")? };
     let (runs, writes) = (settings.scale.mirrors, if settings.scale.calls > 1 { WRITES } else { 20 });
-    let mut found = Vec::new();
-    lab.source(OURS, options(OURS)).await.context("a source")?;
-    let unique = physical(&lab.top(OURS))? as f64;
+    let mut found = KINDS.map(|(name, _)| Found { name, ..Found::default() });
     for (name, options) in KINDS {
-        found.push(lab.judge(name, options, runs, writes).await.with_context(|| name.to_owned())?);
+        lab.source(name, options).await.with_context(|| format!("a source, {name}"))?;
+    }
+    let unique = physical(&lab.top(OURS))? as f64;
+    for _ in 0..runs {
+        for (found, (name, options)) in found.iter_mut().zip(KINDS) {
+            lab.round(found, options, writes).await.with_context(|| name.to_owned())?;
+        }
+    }
+    for (found, (name, options)) in found.iter_mut().zip(KINDS) {
+        found.difference_to = lab.difference(OURS, options).await.with_context(|| format!("a difference, {name}"))?;
+        found.difference_both =
+            lab.difference(name, options).await.with_context(|| format!("a difference, {name}"))?;
     }
     told(&found, unique, measured);
     Ok(())
@@ -57,10 +66,6 @@ struct Found {
     difference_both: f64,
     /// Seconds of writes to a new overlay.
     writes: Vec<f64>,
-}
-
-fn options(kind: &str) -> &'static str {
-    KINDS.iter().find(|(name, _)| *name == kind).map_or("", |(_, options)| options)
 }
 
 fn told(found: &[Found], unique: f64, measured: &mut Measured) {
@@ -123,26 +128,16 @@ impl Lab {
         self.path(&format!("top-{kind}.qcow2"))
     }
 
-    async fn judge(&self, name: &'static str, options: &str, runs: usize, writes: u64) -> Result<Found> {
-        let mut found = Found { name, ..Found::default() };
-        for _ in 0..runs {
-            found.to.push(self.full(OURS, options).await.context("a full mirror")?);
-        }
-        found.difference_to = self.difference(OURS, options).await.context("a difference")?;
-        found.writes = self.latency(options, writes).await.context("writes")?;
-        if name == OURS {
-            (found.both, found.difference_both) = (found.to.clone(), found.difference_to);
-            return Ok(found);
-        }
-        self.source(name, options).await.context("a source")?;
-        for _ in 0..runs {
-            found.both.push(self.full(name, options).await.context("a full mirror from such a source")?);
-        }
-        found.difference_both = self.difference(name, options).await.context("a difference from such a source")?;
-        for path in [self.base(name), self.top(name)] {
-            std::fs::remove_file(path)?;
-        }
-        Ok(found)
+    /// One sample of all that takes time; of one kind after the other, so that no kind has the machine to itself.
+    async fn round(&self, found: &mut Found, options: &str, writes: u64) -> Result<()> {
+        found.to.push(self.full(OURS, options).await.context("a full mirror")?);
+        let both = match found.name == OURS {
+            true => found.to.last().copied().unwrap_or_default(),
+            false => self.full(found.name, options).await.context("a full mirror from such a source")?,
+        };
+        found.both.push(both);
+        found.writes.extend(self.latency(options, writes).await.context("writes")?);
+        Ok(())
     }
 
     async fn create(&self, name: &str, options: &str, backing: Option<&str>) -> Result<PathBuf> {

@@ -47,7 +47,10 @@ impl Ext4 {
 
 impl Drop for Ext4 {
     fn drop(&mut self) {
-        if let Err(error) = run(Command::new(program("umount")).arg(&self.directory)) {
+        let unmount = |options: &[&str]| run(Command::new(program("umount")).args(options).arg(&self.directory));
+        // A measurement that ended early may have left daemons that have files open there; they end with the stage, and
+        // the file system with the last of them.
+        if let Err(error) = unmount(&[]).or_else(|_| unmount(&["-l"])) {
             tracing::warn!(error = format!("{error:#}"), "a measurement's file system stays mounted");
         }
     }
