@@ -5,25 +5,29 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
 
 /// A mounted file system; unmounted when dropped.
 pub(super) struct Ext4 {
     directory: PathBuf,
+    /// Goes after the file system that is mounted in it.
+    _place: TempDir,
 }
 
 impl Ext4 {
-    /// Makes a file of so many bytes in a directory, and mounts what is made in it beside it.
+    /// Makes a file of so many bytes in a new directory below `place`, and mounts what is made in it beside it.
     ///
     /// # Errors
     /// Whatever is missing: rights, loop devices, e2fsprogs.
     pub(super) fn mount(place: &Path, bytes: u64) -> Result<Self> {
-        let (image, directory) = (place.join("ext4.img"), place.join("ext4"));
+        let place = tempfile::Builder::new().prefix("fx-ext4-").tempdir_in(place)?;
+        let (image, directory) = (place.path().join("ext4.img"), place.path().join("ext4"));
         File::create(&image)?.set_len(bytes)?;
         std::fs::create_dir(&directory)?;
         run(Command::new(program("mkfs.ext4")).args(["-q", "-F"]).arg(&image))?;
         // Through the loop device's own page cache everything would be written twice.
         run(Command::new(program("mount")).args(["-o", "loop"]).args([&image, &directory]))?;
-        let mounted = Self { directory };
+        let mounted = Self { directory, _place: place };
         mounted.skip_loop_cache(&image);
         Ok(mounted)
     }

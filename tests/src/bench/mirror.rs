@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::json;
-use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::call::{self, DBG, KIND, datapath};
@@ -57,28 +56,21 @@ async fn whole(settings: &Settings, stage: &Stage, measured: &mut Measured) -> R
 
     let bar = Bar::Times(1.25);
     let what = format!("a mirror of {size} onto ext4");
-    match mounted(settings) {
+    // Room for two copies and more.
+    match Ext4::mount(&settings.place, settings.scale.mirror * 3 + (256 << 20)) {
         Err(error) => {
             let why = format!("no ext4 file system can be mounted: {error:#}");
             measured.add(Figure::skipped("ext4", what, Unit::Seconds, bar, why));
         }
-        Ok((ext4, directory)) => {
+        Ok(ext4) => {
             let taken = bench.onto(&ext4, runs).await;
             drop(ext4);
-            drop(directory);
             let (mirrors, converts) = taken.context("onto ext4")?;
             let against = "qemu-img convert -n -W -t none to a file there";
             measured.add(Figure::new("ext4", what, Unit::Seconds, mirrors).against(against, converts).bar(bar));
         }
     }
     bench.end().await
-}
-
-/// A fresh file system with room for two copies, and the directory that it is in.
-fn mounted(settings: &Settings) -> Result<(Ext4, TempDir)> {
-    let directory = tempfile::Builder::new().prefix("fx-ext4-").tempdir_in(&settings.place)?;
-    let ext4 = Ext4::mount(directory.path(), settings.scale.mirror * 3 + (256 << 20))?;
-    Ok((ext4, directory))
 }
 
 /// A source that is full of data, active for reading, and where its copies go.
