@@ -65,6 +65,7 @@ impl Link {
         self.rules.0.lock().unwrap().stall_after = Some(bytes);
     }
 
+    #[allow(dead_code, reason = "not every test that has a link does this")]
     pub fn stall(&self) {
         self.stall_after(0);
     }

@@ -1,0 +1,9 @@
+//! Mirrors that send only what the destination lacks: the executable between hosts with SRs of their own.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+mod announced;
+#[path = "../supervisor/link.rs"]
+mod link;
+mod random;
+mod site;
