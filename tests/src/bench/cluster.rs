@@ -12,7 +12,7 @@ use super::call;
 use super::calls::tool;
 use super::daemon::Daemon;
 use super::qmp::{mirror_job, nbd_node};
-use super::tree::changes;
+use super::random::Random;
 use super::{Figure, Measured, Settings, Unit};
 use crate::disk::qemu_img;
 use crate::nbd::{Client, Uri};
@@ -29,6 +29,8 @@ const OURS: &str = "64k";
 /// Writes of 4 KiB of one round.
 const WRITES: u64 = 1000;
 const BLOCK: u64 = 4096;
+/// The bytes of one change of the overlay, of a size that larger clusters do not suit.
+const CHANGE: u64 = 256 << 10;
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("fx-").tempdir_in(&settings.place)?;
@@ -140,6 +142,18 @@ impl Lab {
         Ok(())
     }
 
+    /// A tenth of the disk in pieces at places that are multiples of 4 KiB; each lies in a stretch of its own.
+    fn changes(&self) -> impl Iterator<Item = (u64, u64)> {
+        let piece = CHANGE.min(self.size / 40).next_multiple_of(BLOCK);
+        let count = (self.size / 10 / piece).max(1);
+        let stretch = self.size / count;
+        let mut random = Random::new(2);
+        (0..count).map(move |index| {
+            let offset = index * stretch + random.next() % (stretch - piece);
+            (offset - offset % BLOCK, piece)
+        })
+    }
+
     async fn create(&self, name: &str, options: &str, backing: Option<&str>) -> Result<PathBuf> {
         let path = self.path(name);
         let size = self.size.to_string();
@@ -166,7 +180,7 @@ impl Lab {
         daemon.open("base", &base, None, false).await?;
         daemon.open("top", &top, Some("base"), true).await?;
         let uri = daemon.export("top", true).await?;
-        call::write(&uri, changes(self.size, 2), 2).await?;
+        call::write(&uri, self.changes(), 2).await?;
         daemon.quit().await
     }
 

@@ -22,6 +22,7 @@ mod many;
 mod memory;
 mod mirror;
 mod qmp;
+mod random;
 mod relay;
 mod report;
 mod scale;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 
 use super::call;
+use super::random::Random;
 use super::report::Chart;
 use super::svg::Lines;
 use super::{Bar, Figure, Measured, Settings, Unit};
@@ -82,14 +83,11 @@ impl Guest {
         let task = {
             let stopping = Arc::clone(&stopping);
             tokio::spawn(async move {
-                let mut random = 0x9e37_79b9_7f4a_7c15u64;
+                let mut random = Random::new(1);
                 while !stopping.load(Ordering::Acquire) {
-                    // George Marsaglia's xorshift64.
-                    random ^= random << 13;
-                    random ^= random >> 7;
-                    random ^= random << 17;
-                    let offset = (random >> 8) % (region / BLOCK) * BLOCK;
-                    let data = Bytes::from(vec![random as u8 | 1; BLOCK as usize]);
+                    let number = random.next();
+                    let offset = number % (region / BLOCK) * BLOCK;
+                    let data = Bytes::from(vec![number as u8 | 1; BLOCK as usize]);
                     let sent = Instant::now();
                     client.write(offset, data).await?;
                     if tell.send((sent, Instant::now())).is_err() {
