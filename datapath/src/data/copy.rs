@@ -32,10 +32,10 @@ struct BlockList {
 
 /// Starts to copy the blocks, and no others, to the NBD export that `remote` names; gives the operation for Data.stat.
 ///
-/// While the volume is mirrored to the same export nothing is sent twice: through the mirror the destination gets
-/// every block that it lacks, in an order in which old data never replaces what a guest has written since. The operation is then complete when the
-/// mirror has sent everything once. Without a mirror, what a guest writes meanwhile is copied or not. The same call
-/// again, while the copy goes on, gives the same operation.
+/// While the volume is mirrored to the same export nothing is sent twice: through the mirror the destination gets every
+/// block that it lacks, in an order in which old data never replaces what a guest has written since. The operation is
+/// then complete when the mirror has sent everything once. Without a mirror, what a guest writes meanwhile is copied or
+/// not. The same call again, while the copy goes on, gives the same operation.
 ///
 /// # Errors
 ///

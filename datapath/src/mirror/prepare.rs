@@ -59,6 +59,7 @@ impl Supervisor {
         if let Some(Announcement { session, .. }) = announcement {
             let size = top.map_or(0, |top| top.virtual_size);
             sessions.begin(session, self.record.key, self.record.node, size)?;
+            // Of a larger destination the end is neither sent nor known.
             let sends_all = !self.record.live && info.size == Some(size);
             let content = top.and_then(|top| top.content).filter(|_| sends_all);
             self.begun = Some(Begun { session, content });

@@ -354,6 +354,20 @@ fn a_session_that_was_begun_is_never_trusted_again() {
 }
 
 #[test]
+fn what_was_sent_to_a_larger_destination_is_not_all_that_it_holds() {
+    let scene = Scene::new();
+    let size = SIZE + 16 * MIB;
+    let session = ContentId::random();
+    let target = scene.target_of(size, None, Some(&announce(session, Base::Unknown)));
+    let record = scene.site.wait(scene.mirror(scene.first, &target), Phase::Finished);
+    assert!(reason(&record).contains("does not know"), "{record:?}");
+    scene.site.grow(scene.leaf, size);
+    let mut target = scene.target_of(size, None, Some(&announce(ContentId::random(), Base::Content(session))));
+    let record = scene.mirrored(scene.leaf, &mut target);
+    assert!(reason(&record).contains("not sent from here"), "{record:?}");
+}
+
+#[test]
 fn what_another_host_sent_is_not_taken_for_ones_own() {
     let scene = Scene::new();
     let other = Site::new(scene.directory.path(), "o", &json!({}));
