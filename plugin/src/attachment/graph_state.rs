@@ -57,8 +57,8 @@ impl Attachment {
         self.trouble.take().map_or(Ok(()), Err)
     }
 
-    /// Opens a chain and exports it, for writing in a session. On failure nothing is open. That it is open is for the
-    /// caller to write down, with whom it is for: until then nobody has been told.
+    /// Opens a chain and exports it, for writing in a session. When it is refused nothing is open. That it is open is for
+    /// the caller to write down, with whom it is for: until then nobody has been told.
     pub(super) async fn open_graph(
         &mut self,
         client: &Client,
@@ -83,6 +83,10 @@ impl Attachment {
             };
         }
         if let Err(first) = opened {
+            if !first.is_refusal() {
+                // No answer: what became of it is found out by the next call.
+                return Err(first);
+            }
             return match graph::close(client).await {
                 Ok(()) => {
                     self.state.open = None;

@@ -230,7 +230,7 @@ impl Attachment {
 
     /// Connects to the daemon.
     async fn client(&self) -> Result<Client> {
-        Client::connect(&self.sockets().qmp(), self.settings.qmp()).await
+        Client::connect_at_once(&self.sockets().qmp(), self.settings.qmp()).await
     }
 
     /// Gives the name of the volume's export.

@@ -149,7 +149,7 @@ pub async fn stop(host: &Host, directory: &Path, process: &Process) -> Result<()
 
 /// Asks the daemon to end.
 async fn quit(directory: &Path) -> Result<()> {
-    let client = Client::connect(&Sockets::of(directory).qmp(), GRACE).await?;
+    let client = Client::connect_at_once(&Sockets::of(directory).qmp(), GRACE).await?;
     client.execute("quit", ()).await.map(drop)
 }
 

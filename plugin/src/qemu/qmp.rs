@@ -81,11 +81,8 @@ impl Client {
         let deadline = Instant::now() + patience;
         let doing = || format!("connecting to QMP at {}", path.display());
         let client = async {
-            let stream = open(path).await.map_err(|error| Error::io(doing(), error))?;
-            let (read, write) = stream.into_split();
-            let client = Self::start(connection::Lines::new(read), write, patience);
-            // Not after the greeting: the monitor reads it when it is ready, and one wait is saved.
-            match client.execute("qmp_capabilities", ()).await {
+            let (client, begun) = Self::open(path, patience).await?;
+            match client.answer(begun, patience).await {
                 Ok(_) => Ok(client),
                 Err(Error::Qemu { reason, .. }) => Err(Error::Qemu { doing: doing(), reason }),
                 Err(error) => Err(error),
@@ -94,6 +91,32 @@ impl Client {
         timeout_at(deadline, client)
             .await
             .unwrap_or_else(|_| Err(Error::Timeout { doing: doing(), seconds: patience.as_secs() }))
+    }
+
+    /// Connects to a monitor that is known to answer, and does not wait until it does: that is for the first command,
+    /// which the monitor reads behind the greeting's, to find out. This saves a turn.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] with the system's reason when nobody listens there; [`Error::Timeout`] when the queue of those who
+    /// wait for the monitor stays full.
+    pub async fn connect_at_once(path: &Path, patience: Duration) -> Result<Self> {
+        let opened = timeout_at(Instant::now() + patience, Self::open(path, patience)).await;
+        let (client, _begun) = opened.unwrap_or_else(|_| {
+            let doing = format!("connecting to QMP at {}", path.display());
+            Err(Error::Timeout { doing, seconds: patience.as_secs() })
+        })?;
+        Ok(client)
+    }
+
+    /// Opens a connection and asks for its use; the answer comes behind the greeting.
+    async fn open(path: &Path, patience: Duration) -> Result<(Self, Sent)> {
+        let doing = || format!("connecting to QMP at {}", path.display());
+        let stream = open(path).await.map_err(|error| Error::io(doing(), error))?;
+        let (read, write) = stream.into_split();
+        let client = Self::start(connection::Lines::new(read), write, patience);
+        let begun = client.send("qmp_capabilities", ())?;
+        Ok((client, begun))
     }
 
     /// Starts the tasks of a connection.
