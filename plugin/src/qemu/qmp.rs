@@ -8,6 +8,8 @@
 //!                                                        └─ "event" ─────────────► every Events
 //! ```
 //!
+//! An answer with another id is none: a monitor gives what it owes to a client that was killed to the next one.
+//!
 //! When the connection ends, for whatever reason, every pending call fails with that reason and every [`Events`]
 //! ends. A call may be dropped at any time; its answer is then thrown away. To see the events that a command
 //! causes, take [`Client::events`] before the command:
@@ -51,7 +53,6 @@ const EVENTS_KEPT: usize = 1024;
 pub struct Client {
     shared: Arc<Shared>,
     commands: mpsc::UnboundedSender<Vec<u8>>,
-    next_id: AtomicU64,
     patience: Duration,
     tasks: [JoinHandle<()>; 2],
 }
@@ -128,7 +129,7 @@ impl Client {
             tokio::spawn(connection::read(lines, Arc::clone(&shared))),
             tokio::spawn(connection::write(write, queue, Arc::clone(&shared))),
         ];
-        Self { shared, commands, next_id: AtomicU64::new(0), patience, tasks }
+        Self { shared, commands, patience, tasks }
     }
 
     /// Executes a command and gives what it returns; `()` stands for no arguments.
@@ -178,7 +179,7 @@ impl Client {
 
     /// Sends a command.
     fn send(&self, command: &str, arguments: impl Serialize) -> Result<Sent> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = next_id();
         let mut request = json!({"execute": command, "id": id});
         let arguments = serde_json::to_value(arguments)
             .map_err(|error| Error::Internal(format!("the arguments of QMP {command} cannot be encoded: {error}")))?;
@@ -229,6 +230,13 @@ impl Drop for Client {
             task.abort();
         }
     }
+}
+
+/// Gives an id that no other command has, of whatever process: what a monitor owes to a client that was killed it gives to
+/// the next one.
+fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    u64::from(std::process::id()) << 32 | NEXT.fetch_add(1, Ordering::Relaxed) & u64::from(u32::MAX)
 }
 
 /// A command that was sent.

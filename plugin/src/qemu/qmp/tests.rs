@@ -64,6 +64,20 @@ async fn answers_find_their_calls_in_whatever_order_they_come() {
 }
 
 #[tokio::test]
+async fn an_answer_that_another_client_was_owed_is_not_taken() {
+    let (client, mut stream) = connected().await;
+    let monitor = async {
+        let request = receive(&mut stream).await;
+        for id in 0..8 {
+            send(&mut stream, json!({"return": "theirs", "id": id})).await;
+        }
+        send(&mut stream, json!({"return": "ours", "id": request["id"]})).await;
+    };
+    let (answer, ()) = tokio::join!(client.execute("a", ()), monitor);
+    assert_eq!(answer.unwrap(), json!("ours"));
+}
+
+#[tokio::test]
 async fn a_refusal_keeps_its_class_and_description() {
     let (client, mut stream) = connected().await;
     let monitor = async {
