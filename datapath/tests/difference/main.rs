@@ -3,7 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 mod announced;
+mod doubted;
+mod guest;
 #[path = "../supervisor/link.rs"]
 mod link;
 mod random;
+mod scene;
 mod site;

@@ -3,9 +3,6 @@
 //! The histories are the same on every run. `MIRROR_SEED=<number>` chooses others, `MIRROR_PLANS` how many.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
 use plugin::attachment::Attachment;
 use plugin::id::VolumeKey;
@@ -14,6 +11,7 @@ use plugin::store::Mode;
 use serde_json::json;
 use tempfile::TempDir;
 
+use super::guest::Guest;
 use super::link::Link;
 use super::site::{MIB, Site, assert_same};
 
@@ -55,49 +53,6 @@ struct Target {
     volume: VolumeKey,
     snapshots: Vec<VolumeKey>,
     domain: String,
-}
-
-/// A client that is connected to an export and stays.
-struct Guest {
-    child: Child,
-    said: BufReader<std::process::ChildStdout>,
-}
-
-impl Guest {
-    fn connect(site: &Site, volume: VolumeKey) -> Self {
-        let uri = format!("nbd+unix:///{volume}?socket={}", site.socket(volume).display());
-        let mut child = Command::new("qemu-io")
-            .args(["-f", "raw", &uri])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let said = BufReader::new(child.stdout.take().unwrap());
-        let mut guest = Self { child, said };
-        guest.command("read 0 512");
-        guest
-    }
-
-    /// Runs a command; one that was cut off does nothing.
-    fn command(&mut self, text: &str) {
-        let _ = writeln!(self.child.stdin.as_mut().unwrap(), "{text}");
-        let mut line = String::new();
-        // The last line of what a command says is its speed, or why it failed.
-        while self.said.read_line(&mut line).is_ok_and(|length| length > 0)
-            && !line.contains("ops;")
-            && !line.contains("failed")
-        {
-            line.clear();
-        }
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// A history as it goes on.
@@ -201,14 +156,14 @@ impl World {
                 site.destroy(snapshot);
                 snapshots.remove(at);
             }
-            _ => site.grow(*leaf, size_of(site, *leaf) + MIB),
+            _ => site.grow(*leaf, site.size_of(*leaf) + MIB),
         }
         self.note(format!("source {source} is disturbed: {what} at {at}"));
     }
 
     fn new_target(&mut self) {
         let source = self.some_source();
-        let size = size_of(&self.sources[source].site, self.sources[source].leaf);
+        let size = self.sources[source].site.size_of(self.sources[source].leaf);
         self.add_target(size, None);
     }
 
@@ -245,9 +200,9 @@ impl World {
             snapshots.iter().rev().take(3).copied().chain([*leaf]).collect()
         };
         let Some(volume) = self.numbers.one_of(&candidates) else { return };
-        let size = size_of(&self.sources[source].site, volume);
+        let size = self.sources[source].site.size_of(volume);
         let into = self.targets[target].volume;
-        if size_of(&self.site, into) < size {
+        if self.site.size_of(into) < size {
             self.leave(target);
             self.site.grow(into, size);
         }
@@ -438,26 +393,8 @@ impl World {
             == Some(Mode::ReadWrite)
         {
             self.guests.retain(|(other, _)| *other != volume);
-            kill_daemon(&self.site, volume);
+            self.site.kill_daemon(volume);
             self.note(format!("the daemon of target {target} is killed"));
-        }
-    }
-}
-
-fn size_of(site: &Site, volume: VolumeKey) -> u64 {
-    let loaded = site.sr.load(volume).unwrap();
-    loaded.tree.node(loaded.volume(volume).unwrap().node).unwrap().virtual_size
-}
-
-/// Kills a volume's storage daemon.
-fn kill_daemon(site: &Site, volume: VolumeKey) {
-    let directory = site.host.volume_dir(volume).into_os_string().into_encoded_bytes();
-    for pid in site.processes() {
-        let command_line =
-            std::fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
-        if command_line.windows(directory.len()).any(|window| window == directory) {
-            let pid = rustix::process::Pid::from_raw(pid).unwrap();
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 }

@@ -215,6 +215,22 @@ impl Site {
         plugin::qemu::chain_filename(&images).unwrap()
     }
 
+    pub fn size_of(&self, volume: VolumeKey) -> u64 {
+        let loaded = self.sr.load(volume).unwrap();
+        loaded.tree.node(loaded.volume(volume).unwrap().node).unwrap().virtual_size
+    }
+
+    /// Kills a volume's storage daemon.
+    pub fn kill_daemon(&self, volume: VolumeKey) {
+        let directory = self.host.volume_dir(volume).into_os_string().into_encoded_bytes();
+        for pid in self.processes() {
+            let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            if command_line.windows(directory.len()).any(|window| window == directory) {
+                let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
+            }
+        }
+    }
+
     /// Lists the processes whose command line names this host.
     pub fn processes(&self) -> Vec<i32> {
         let root = format!("{}/", self.root.display()).into_bytes();
