@@ -40,11 +40,18 @@ impl Lines {
     }
 }
 
-/// Reads the greeting, which comes before anything else.
+/// Reads the greeting, which comes before anything else but what the monitor owes to a client that was killed.
 async fn greeting(lines: &mut Lines) -> Result<(), String> {
-    let greeting: Value =
-        serde_json::from_slice(lines.next().await?).map_err(|error| format!("no QMP greeting: {error}"))?;
-    if greeting.get("QMP").is_some() { Ok(()) } else { Err("no QMP greeting: it has no QMP field".to_owned()) }
+    loop {
+        let greeting: Value =
+            serde_json::from_slice(lines.next().await?).map_err(|error| format!("no QMP greeting: {error}"))?;
+        if greeting.get("QMP").is_some() {
+            return Ok(());
+        }
+        if !["return", "error", "event"].iter().any(|field| greeting.get(field).is_some()) {
+            return Err("no QMP greeting: it has no QMP field".to_owned());
+        }
+    }
 }
 
 /// Routes what comes in behind the greeting until the connection ends.
