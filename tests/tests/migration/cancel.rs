@@ -8,7 +8,7 @@ use fake_xapi::sxm::{Event, Flow, migrate};
 use crate::world::{BRANCHES, World};
 
 /// Bytes a second, so that a share can be met.
-const LINK: u64 = 6 << 20;
+const LINK: u64 = 32 << 20;
 
 /// Cancels one migration when so many percent of one volume are over.
 async fn cancelled_at(world: &World, volume: &Vdi, bytes: u64, percent: u64) {
