@@ -380,12 +380,17 @@ impl Bench {
             self.host.close();
             return;
         }
-        for (pid, _) in self.host.leftovers().processes {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid.cast_signed()) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-        }
+        kill_what_is_left(&self.host);
         self.host.close();
+    }
+}
+
+/// Kills every process of a host's plugins, for what has its own daemons there.
+pub(super) fn kill_what_is_left(host: &Host) {
+    for (pid, _) in host.leftovers().processes {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid.cast_signed()) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
     }
 }
 

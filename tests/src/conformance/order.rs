@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use super::bench::{DBG, MIB, leftovers, nbd_of, refused, uri_of};
+use super::bench::{DBG, MIB, kill_what_is_left, leftovers, nbd_of, refused, uri_of};
 use super::random::{Random, seed};
 use super::{Bench, Group, Need};
+use crate::host::Host;
 use crate::nbd::Client;
 use crate::wire::{Attached, Request, Volume};
 
@@ -384,18 +385,24 @@ async fn elsewhere(b: Arc<Bench>) -> Result<()> {
     let volume = b.create(MIB).await?;
     let log = crate::script::CallLog::default();
     let root = b.directory().join("b");
-    let other = crate::host::Host::start("b", &root, &b.subject.plugins, &log).await?;
+    let other = Host::start("b", &root, &b.subject.plugins, &log).await?;
+    let checked = refused_elsewhere(&b, &volume, &other).await;
+    if checked.is_err() && b.subject.own_layout {
+        kill_what_is_left(&other);
+    }
+    checked
+}
+
+/// Sees that a second host may do nothing with a volume that the first one writes to, and everything after that.
+async fn refused_elsewhere(b: &Bench, volume: &Volume, other: &Host) -> Result<()> {
     let dir = other.volume_plugin(&b.subject.sr_type)?.dir.clone();
     other.runner().call(&dir, &Request::sr_attach(DBG, &b.sr.config)).await?;
     let datapath = other.datapath_plugins.values().next().context("no datapath plugin")?.dir.clone();
     let there = async |method| {
-        other
-            .runner()
-            .call(&datapath, &Request::datapath(method, DBG, uri_of(&volume).unwrap_or_default(), "9"))
-            .await
+        other.runner().call(&datapath, &Request::datapath(method, DBG, uri_of(volume).unwrap_or_default(), "9")).await
     };
 
-    let client = Client::connect(&b.plug(&volume, "7").await?).await?;
+    let client = Client::connect(&b.plug(volume, "7").await?).await?;
     client.write(0, vec![1; 512].into()).await?;
     Attached::decode(&there("Datapath.attach").await?)?;
     for method in ["Datapath.activate", "Datapath.activate_readonly"] {
@@ -407,13 +414,13 @@ async fn elsewhere(b: Arc<Bench>) -> Result<()> {
     let failure = snapshot.err().context("a second host made a snapshot of what this one writes to")?;
     ensure!(failure.activated_on_another_host().is_some(), "{failure}");
     client.disconnect().await;
-    b.unplug(&volume, "7").await?;
+    b.unplug(volume, "7").await?;
     there("Datapath.activate").await?;
     for method in ["Datapath.deactivate", "Datapath.detach"] {
         there(method).await?;
     }
     other.runner().call(&dir, &Request::sr("SR.detach", DBG, &b.sr.sr)).await?;
-    let left = leftovers(&other).await;
+    let left = leftovers(other).await;
     ensure!(left.is_empty(), "{left:?}");
-    b.expect_content(&volume, &[(0, 512, 1)]).await
+    b.expect_content(volume, &[(0, 512, 1)]).await
 }
