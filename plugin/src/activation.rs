@@ -144,9 +144,9 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
     set_claim(&mut tree, uri.volume, this, Some(claim), written)?;
     let activated = block_on(attachment.activate(domain, mode, &images, base));
     let claimed = follow(&mut tree, uri.volume, host, &mut attachment);
-    match (activated, claimed) {
-        (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-        (activated, claimed) => activated.and(claimed),
+    match activated {
+        Err(first) => Err(first.undone(claimed)),
+        Ok(()) => claimed,
     }
 }
 

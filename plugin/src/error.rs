@@ -224,6 +224,14 @@ impl Error {
         move |source| Self::io(format!("{verb} {}", path.as_ref().display()), source.into())
     }
 
+    /// Gives the error of an operation that failed with this one and was undone, or could not be.
+    pub fn undone(self, undone: Result<()>) -> Self {
+        match undone {
+            Ok(()) => self,
+            Err(undo) => Self::Undo { first: Box::new(self), undo: Box::new(undo) },
+        }
+    }
+
     /// Tells whether this is the storage daemon's answer to a command that it did not execute.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Qmp { .. } | Self::NoSpace { .. })

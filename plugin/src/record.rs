@@ -79,6 +79,18 @@ fn parse<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
     serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))
 }
 
+/// Removes a file; one that is not there is removed already.
+///
+/// # Errors
+///
+/// When it cannot be removed.
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", path)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Puts a record in the place of an older one, or of none: readers see one or the other, whatever is killed.
 ///
 /// # Errors

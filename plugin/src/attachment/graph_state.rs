@@ -87,14 +87,12 @@ impl Attachment {
                 // No answer: what became of it is found out by the next call.
                 return Err(first);
             }
-            return match graph::close(client).await {
-                Ok(()) => {
-                    self.state.open = None;
-                    self.save()?;
-                    Err(first)
-                }
-                Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-            };
+            if let Err(undo) = graph::close(client).await {
+                return Err(first.undone(Err(undo)));
+            }
+            self.state.open = None;
+            self.save()?;
+            return Err(first);
         }
         if let Some(open) = &mut self.state.open {
             open.phase = Phase::Open;
@@ -115,7 +113,7 @@ impl Attachment {
             Mode::ReadWrite => self.flush(client, &open).await,
             Mode::ReadOnly => Ok(()),
         };
-        if !matches!(flushed, Ok(()) | Err(Error::Qmp { .. } | Error::NoSpace { .. })) {
+        if flushed.as_ref().is_err_and(|error| !error.is_refusal()) {
             // No answer to the flush: the next call asks again.
             return flushed;
         }
@@ -131,11 +129,8 @@ impl Attachment {
     pub(super) async fn downgrade_graph(&mut self, client: &Client) -> Result<()> {
         self.learn_top(client).await?;
         let Some(mut open) = self.state.open.clone() else { return Ok(()) };
-        self.set_phase(Phase::Exporting)?;
-        match graph::remove_export(client, false).await {
-            Ok(()) => {}
-            Err(Error::Qmp { .. }) => return self.set_phase(Phase::Open),
-            Err(error) => return Err(error),
+        if !self.take_export_away(client, false).await? {
+            return Ok(());
         }
         let flushed = self.flush(client, &open).await;
         self.closed = held_by(&open).filter(|_| flushed.is_ok());
@@ -154,7 +149,7 @@ impl Attachment {
         let Err(error) = graph::flush_and_freeze(client, *top, open.nodes.get(1).copied()).await else {
             return Ok(());
         };
-        if !matches!(error, Error::Qmp { .. } | Error::NoSpace { .. }) {
+        if !error.is_refusal() {
             return Err(error);
         }
         let reason = error.chain();
@@ -163,6 +158,17 @@ impl Attachment {
         self.state.unflushed.extend(unflushed);
         self.save()?;
         Err(error)
+    }
+
+    /// Takes the export away for a moment, until it is put back. False, with the export in place, when a client stays
+    /// connected that is not cut off: only with `force` one is.
+    pub(super) async fn take_export_away(&mut self, client: &Client, force: bool) -> Result<bool> {
+        self.set_phase(Phase::Exporting)?;
+        match graph::remove_export(client, force).await {
+            Ok(()) => Ok(true),
+            Err(Error::Qmp { .. }) => self.set_phase(Phase::Open).map(|()| false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds the export again where it is missing, after a moment without it. What no longer holds is not said again.

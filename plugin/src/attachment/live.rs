@@ -1,7 +1,6 @@
 //! Changes to a volume while it is open: under its clients, or between them.
 
 use super::Attachment;
-use super::state::Phase;
 use crate::error::{Error, Result};
 use crate::id::ContentId;
 use crate::qemu::{Image, graph};
@@ -37,15 +36,12 @@ impl Attachment {
         match graph::snapshot(&client, top, overlay, mode).await {
             Ok(()) => {}
             // Refused, so that everything is as it was. After any other error the next call finds out.
-            Err(first @ (Error::Qmp { .. } | Error::NoSpace { .. })) if ended.is_some() => {
+            Err(first) if first.is_refusal() && ended.is_some() => {
                 let undone = async {
                     self.learn_top(&client).await?;
                     self.put_export_back(&client).await
                 };
-                return match undone.await {
-                    Ok(()) => Err(first),
-                    Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-                };
+                return Err(first.undone(undone.await));
             }
             Err(error) => return Err(error),
         }
@@ -118,14 +114,8 @@ impl Attachment {
         if open.mode == Mode::ReadOnly {
             return in_use(&name, "it is open read-only");
         }
-        self.set_phase(Phase::Exporting)?;
-        match graph::remove_export(&client, false).await {
-            Ok(()) => {}
-            Err(Error::Qmp { .. }) => {
-                self.set_phase(Phase::Open)?;
-                return in_use(&name, "a client is connected, which would not see the new size");
-            }
-            Err(error) => return Err(error),
+        if !self.take_export_away(&client, false).await? {
+            return in_use(&name, "a client is connected, which would not see the new size");
         }
         let resized = graph::resize(&client, top, bytes).await;
         self.put_export_back(&client).await?;

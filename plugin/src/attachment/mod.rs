@@ -245,11 +245,7 @@ impl Attachment {
 
     /// Removes the record.
     fn forget(&self) -> Result<()> {
-        let path = self.directory.join("state.json");
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &path)(error)),
-            _ => Ok(()),
-        }
+        record::remove(&self.directory.join("state.json"))
     }
 
     /// Forgets a daemon that has died, and what it had open.

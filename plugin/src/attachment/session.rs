@@ -15,7 +15,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Attachment;
-use super::state::{Phase, Use};
+use super::state::Use;
 use crate::error::{Error, Result};
 use crate::id::{ContentId, Domain};
 use crate::mirror::{Announcement, Base};
@@ -113,13 +113,11 @@ impl Attachment {
         }
         let client = self.client().await?;
         self.learn_top(&client).await?;
-        self.set_phase(Phase::Exporting)?;
-        match graph::remove_export(&client, false).await {
+        if self.take_export_away(&client, false).await? {
             // What is stale is not said again.
-            Ok(()) => self.put_export_back(&client).await,
-            Err(Error::Qmp { .. }) => self.set_phase(Phase::Open),
-            Err(error) => Err(error),
+            self.put_export_back(&client).await?;
         }
+        Ok(())
     }
 
     /// Ends the session that clients were told of, before something is done after which it could not be told what it
@@ -139,13 +137,8 @@ impl Attachment {
         } else {
             self.clients().await? > 0
         };
-        if !is_held {
-            self.set_phase(Phase::Exporting)?;
-            match graph::remove_export(client, false).await {
-                Ok(()) => return Ok(Some(session.token)),
-                Err(Error::Qmp { .. }) => self.set_phase(Phase::Open)?,
-                Err(error) => return Err(error),
-            }
+        if !is_held && self.take_export_away(client, false).await? {
+            return Ok(Some(session.token));
         }
         self.give_up_token()?;
         Ok(None)
@@ -180,17 +173,11 @@ impl Attachment {
             _ if is_held && (holds || !connects) => return self.give_up_token(),
             _ => {}
         }
-        self.set_phase(Phase::Exporting)?;
-        match graph::remove_export(&client, is_alone && connects).await {
-            Ok(()) => {}
-            Err(Error::Qmp { .. }) => {
-                self.set_phase(Phase::Open)?;
-                self.give_up_token()?;
-                let reason = "another domain is connected, and what the export says of the content is outdated";
-                let volume = self.export_name();
-                return if connects { Err(Error::VolumeInUse { volume, reason: reason.to_owned() }) } else { Ok(()) };
-            }
-            Err(error) => return Err(error),
+        if !self.take_export_away(&client, is_alone && connects).await? {
+            self.give_up_token()?;
+            let reason = "another domain is connected, and what the export says of the content is outdated";
+            let volume = self.export_name();
+            return if connects { Err(Error::VolumeInUse { volume, reason: reason.to_owned() }) } else { Ok(()) };
         }
         self.set_session(session.after(is_told));
         self.save()?;

@@ -12,7 +12,6 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,6 +24,7 @@ use super::qmp::Client;
 use super::{graph, program};
 use crate::error::{Error, Result};
 use crate::host::{Host, Launch, Process, Settings};
+use crate::record;
 
 /// How long a daemon may take to end after it was asked to, before it is asked less kindly.
 const GRACE: Duration = Duration::from_secs(2);
@@ -93,7 +93,7 @@ pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process>
             Err(Startup::Failed(error)) => (error, false),
         };
         if let Err(undo) = process.kill(host, settings.qmp()) {
-            return Err(Error::Undo { first: Box::new(error), undo: Box::new(undo) });
+            return Err(error.undone(Err(undo)));
         }
         if !is_deaf || Instant::now() >= deadline {
             return Err(error);
@@ -264,7 +264,7 @@ fn is_in(pid: i32, directory: &Path) -> bool {
 ///
 /// When one cannot be removed.
 pub fn remove_files(directory: &Path) -> Result<()> {
-    FILES.iter().try_for_each(|name| remove(&directory.join(name)))
+    FILES.iter().try_for_each(|name| record::remove(&directory.join(name)))
 }
 
 /// Removes the log of a daemon that has ended: no daemon runs in the directory then, recorded or not.
@@ -273,12 +273,5 @@ pub fn remove_files(directory: &Path) -> Result<()> {
 ///
 /// When it cannot be removed.
 pub fn remove_log(directory: &Path) -> Result<()> {
-    remove(&directory.join(LOG))
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", path)(error)),
-        _ => Ok(()),
-    }
+    record::remove(&directory.join(LOG))
 }

@@ -417,10 +417,7 @@ pub async fn snapshot(client: &Client, top: NodeId, overlay: &Image, mode: Mode)
     match carry_out(client, commands).await {
         Ok(()) => Ok(()),
         // Refused, so nothing was switched. After any other error that is not known.
-        Err(first) if first.is_refusal() => match remove_overlay(client, overlay.node).await {
-            Ok(()) => Err(first),
-            Err(undo) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
-        },
+        Err(first) if first.is_refusal() => Err(first.undone(remove_overlay(client, overlay.node).await)),
         Err(error) => Err(error),
     }
 }

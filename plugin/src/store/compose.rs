@@ -179,7 +179,7 @@ impl LockedTree {
         match (begun, self.end_there(child, parent, &onto)) {
             (_, Ok(true)) => Ok(()),
             (Err(first), Ok(false)) => Err(first),
-            (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+            (Err(first), Err(undo)) => Err(first.undone(Err(undo))),
             (Ok(()), Ok(false)) => Err(Error::Internal("a volume that was composed was not found".to_owned())),
             (Ok(()), Err(error)) => Err(error),
         }

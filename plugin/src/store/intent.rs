@@ -68,7 +68,7 @@ impl LockedTree {
         match (switched, ended) {
             (_, Ok(Outcome::Done)) => Ok(()),
             (Err(first), Ok(Outcome::Undone)) => Err(first),
-            (Err(first), Err(undo)) => Err(Error::Undo { first: Box::new(first), undo: Box::new(undo) }),
+            (Err(first), Err(undo)) => Err(first.undone(Err(undo))),
             (Ok(_), Ok(Outcome::Undone)) => Err(Error::Internal("a switch that was made was undone".to_owned())),
             (Ok(_), Err(error)) => Err(error),
         }

@@ -234,11 +234,7 @@ impl Sr {
     ///
     /// When the record cannot be removed.
     pub fn detach(host: &Host, uuid: SrUuid) -> Result<()> {
-        let path = host.sr_record(uuid);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &path)(error)),
-            _ => Ok(()),
-        }
+        record::remove(&host.sr_record(uuid))
     }
 
     /// Lists the SRs that are attached on this host.
@@ -540,11 +536,7 @@ impl Sr {
 
     /// Removes a volume's symlink, if it is there.
     pub(super) fn unlink(&self, key: VolumeKey) -> Result<()> {
-        let link = self.volume_link(key);
-        match fs::remove_file(&link) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &link)(error)),
-            _ => Ok(()),
-        }
+        record::remove(&self.volume_link(key))
     }
 
     /// Gives the directory of all trees.
