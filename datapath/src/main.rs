@@ -6,6 +6,7 @@
 
 mod about;
 mod data;
+mod detached;
 mod import;
 mod mirror;
 mod nbd;

@@ -20,10 +20,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use plugin::attachment::import_socket;
-use plugin::error::{Error, Result};
+use plugin::error::Result;
 use plugin::host::Host;
 use plugin::id::VolumeKey;
 use plugin::qemu::daemon::Sockets;
+
+use crate::detached;
 
 /// The argument by which this executable is the relay of an import; a volume's key follows.
 pub const ENTRY: &str = "import-relay";
@@ -33,21 +35,7 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// Relays connections to the export of the volume `key` until the import ends. The exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    plugin::smapi::start_log(plugin::smapi::LevelFilter::INFO);
-    let outcome = key.parse::<VolumeKey>().and_then(|key| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| Error::io("starting the runtime", error))?;
-        runtime.block_on(run(host, key))
-    });
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(volume = key, error = error.chain(), "the import failed");
-            ExitCode::FAILURE
-        }
-    }
+    detached::run("import", key, async |key| run(host, key).await)
 }
 
 /// Takes descriptors and serves each in a task of its own.

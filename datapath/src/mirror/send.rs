@@ -46,19 +46,8 @@ impl Supervisor {
     /// Sends what is planned over a relay that was started. On failure the relay is cut first, which frees the daemon
     /// from whatever it waits for, and then the job and the nodes are removed.
     pub(super) async fn mirror(&mut self, client: &Client, mut relay: Relay, export: &str) -> Result<Outcome> {
-        let outcome = match self.start(client, &mut relay, export).await {
-            Ok(()) => self.send(client, &mut relay).await,
-            Err(error) => Err(error),
-        };
-        let outcome = match outcome {
-            Ok(Outcome::Finished) => self.send_missed(client, &mut relay).await,
-            other => other,
-        };
-        let outcome = match outcome {
-            Ok(Outcome::Finished) if self.verifies() => self.verify(client, &mut relay).await,
-            other => other,
-        };
-        let outcome = match (outcome, &self.wanted) {
+        let sent = self.send_all(client, &mut relay, export).await;
+        let outcome = match (sent, &self.wanted) {
             (Err(error), Some((how, reason))) if *how == How::Cancel || !self.record.was_complete => {
                 tracing::info!(error = error.chain(), "the mirror broke while it was being ended");
                 Ok(Outcome::Cancelled(reason.clone()))
@@ -87,6 +76,19 @@ impl Supervisor {
                 }
                 other
             }
+        }
+    }
+
+    /// Sends everything there is to send, and compares both ends where that is asked for.
+    async fn send_all(&mut self, client: &Client, relay: &mut Relay, export: &str) -> Result<Outcome> {
+        self.start(client, relay, export).await?;
+        match self.send(client, relay).await? {
+            Outcome::Finished => {}
+            other => return Ok(other),
+        }
+        match self.send_missed(client, relay).await? {
+            Outcome::Finished if self.verifies() => self.verify(client, relay).await,
+            other => Ok(other),
         }
     }
 

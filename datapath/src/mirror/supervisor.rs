@@ -22,27 +22,14 @@ use super::control::{self, Waiting};
 use super::missed::Missed;
 use super::prepare::{Begun, Inner};
 use super::relay::{Peer, Relay};
+use crate::detached;
 
 /// The argument by which this executable is a supervisor; a mirror's key follows.
 pub const ENTRY: &str = "mirror-supervisor";
 
 /// Supervises the mirror `key` until it ends. Its outcome is in the record; the exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    plugin::smapi::start_log(plugin::smapi::LevelFilter::INFO);
-    let outcome = key.parse::<MirrorKey>().and_then(|key| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| Error::io("starting the runtime", error))?;
-        runtime.block_on(supervise(host, key))
-    });
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!(mirror = key, error = error.chain(), "the mirror's supervisor failed");
-            ExitCode::FAILURE
-        }
-    }
+    detached::run("mirror's supervisor", key, async |key| supervise(host, key).await)
 }
 
 /// How a mirror ended.

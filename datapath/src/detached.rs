@@ -1,0 +1,27 @@
+//! Processes that go on after the call that started them.
+
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use plugin::error::{Error, Result};
+use plugin::smapi::{LevelFilter, start_log};
+
+/// Does the work of a process of its own, `what` for the thing whose key is given. How it ends is for the log and the exit
+/// status, which are for people.
+pub fn run<K: FromStr<Err = Error>>(what: &str, key: &str, work: impl AsyncFnOnce(K) -> Result<()>) -> ExitCode {
+    start_log(LevelFilter::INFO);
+    let outcome = key.parse().and_then(|parsed| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::io("starting the runtime", error))?;
+        runtime.block_on(work(parsed))
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(key, error = error.chain(), "the {what} failed");
+            ExitCode::FAILURE
+        }
+    }
+}
