@@ -4,8 +4,9 @@ use plugin::id::ContentId;
 use plugin::mirror::{self, Base, How, Phase};
 use serde_json::json;
 
+use super::eventually::eventually;
 use super::scene::{SIZE, Scene, announce};
-use super::site::{MIB, assert_same, eventually, layers, reason};
+use super::site::{MIB, assert_same, layers, reason};
 
 #[test]
 fn differences_can_be_switched_off() {

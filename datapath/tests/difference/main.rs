@@ -4,6 +4,8 @@
 
 mod announced;
 mod doubted;
+#[path = "../supervisor/eventually.rs"]
+mod eventually;
 mod guest;
 #[path = "../supervisor/link.rs"]
 mod link;

@@ -262,7 +262,7 @@ impl World {
     }
 
     fn watch(&self, source: usize, key: plugin::id::MirrorKey) -> MirrorRecord {
-        super::site::eventually("end", || {
+        super::eventually::eventually("end", || {
             let record = self.sources[source].site.record(key);
             record.phase.is_terminal().then_some(record)
         })
@@ -291,7 +291,7 @@ impl World {
         site.activate(leaf, "7");
         let key = site.mirror(leaf, "7", &into.to_string(), &socket);
         site.io(leaf, &[&writes[0]]);
-        super::site::eventually("readiness", || {
+        super::eventually::eventually("readiness", || {
             let record = site.record(key);
             (record.was_complete || record.phase.is_terminal()).then_some(())
         });

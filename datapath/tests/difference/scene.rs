@@ -8,8 +8,9 @@ use plugin::mirror::{Announcement, Base, MirrorRecord, Phase};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::eventually::eventually;
 use super::link::Link;
-use super::site::{MIB, Site, assert_same, eventually};
+use super::site::{MIB, Site, assert_same};
 
 pub const SIZE: u64 = 32 * MIB;
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use plugin::attachment::Attachment;
 use plugin::host::Host;
@@ -14,6 +14,8 @@ use plugin::store::{LockedTree, Mode, NewTree, Sr, Tree, Volume, plan};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use uuid::Uuid;
+
+use super::eventually::eventually;
 
 /// A mebibyte.
 pub const MIB: u64 = 1 << 20;
@@ -253,18 +255,6 @@ impl Drop for Site {
                 let _ = process.kill(&self.host, Duration::from_secs(20));
             }
         }
-    }
-}
-
-/// Looks until something is there; gives up after a minute.
-pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "no {what} within a minute");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

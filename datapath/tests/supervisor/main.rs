@@ -3,15 +3,16 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 mod daemon;
+mod eventually;
 mod link;
 
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use daemon::Daemon;
+use eventually::eventually;
 use link::Link;
 use plugin::host::Host;
 use plugin::id::{MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
@@ -142,18 +143,6 @@ impl Drop for Scene {
             let _ = child.kill();
             let _ = child.wait();
         }
-    }
-}
-
-/// Looks until something is there; gives up after a minute.
-fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "no {what} within a minute");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
