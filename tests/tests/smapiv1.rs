@@ -18,7 +18,6 @@ use fake_xapi::scenario::Stage;
 use fake_xapi::script::Fault;
 use fake_xapi::smapiv2::{Dp, Vm, nbd_server};
 use fake_xapi::sxm::v1::{Disk, Import, Receiving, Writer};
-use rustix::process::{Pid, Signal, kill_process};
 use small::Small;
 
 const SIZE: u64 = 4 << 20;
@@ -126,13 +125,7 @@ impl World {
 
     /// Kills processes of the destination's plugins.
     fn kill(&self, what: &str) -> usize {
-        let found = self.stage.destination.leftovers().processes;
-        let found: Vec<u32> =
-            found.into_iter().filter(|(_, command)| command.contains(what)).map(|(p, _)| p).collect();
-        for pid in &found {
-            let _ = kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL);
-        }
-        found.len()
+        self.stage.destination.kill(|command| command.contains(what))
     }
 }
 

@@ -380,17 +380,8 @@ impl Bench {
             self.host.close();
             return;
         }
-        kill_what_is_left(&self.host);
+        self.host.kill(|_| true);
         self.host.close();
-    }
-}
-
-/// Kills every process of a host's plugins, for what has its own daemons there.
-pub(super) fn kill_what_is_left(host: &Host) {
-    for (pid, _) in host.leftovers().processes {
-        if let Some(pid) = rustix::process::Pid::from_raw(pid.cast_signed()) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
     }
 }
 

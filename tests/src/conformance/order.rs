@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use super::bench::{DBG, MIB, kill_what_is_left, leftovers, nbd_of, refused, uri_of};
+use super::bench::{DBG, MIB, leftovers, nbd_of, refused, uri_of};
 use super::random::{Random, seed};
 use super::{Bench, Group, Need};
 use crate::host::Host;
@@ -388,7 +388,7 @@ async fn elsewhere(b: Arc<Bench>) -> Result<()> {
     let other = Host::start("b", &root, &b.subject.plugins, &log).await?;
     let checked = refused_elsewhere(&b, &volume, &other).await;
     if checked.is_err() && b.subject.own_layout {
-        kill_what_is_left(&other);
+        other.kill(|_| true);
     }
     checked
 }

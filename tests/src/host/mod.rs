@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::UnixStream;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
@@ -206,6 +207,18 @@ impl Host {
     #[must_use]
     pub fn leftovers(&self) -> Leftovers {
         leftover::look(&self.root, &self.runtime_dir())
+    }
+
+    /// Kills the processes of this host's plugins whose command line is one that `matches`; gives how many there were.
+    pub fn kill(&self, matches: impl Fn(&str) -> bool) -> usize {
+        let mut killed = 0;
+        for (pid, command) in self.leftovers().processes.into_iter().filter(|(_, command)| matches(command)) {
+            tracing::warn!(pid, command, "killed");
+            if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+                killed += usize::from(kill_process(pid, Signal::KILL).is_ok());
+            }
+        }
+        killed
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -113,13 +112,8 @@ impl Stage {
 /// A scenario that fails in the middle leaves disks active; nothing of them outlives it.
 impl Drop for Stage {
     fn drop(&mut self) {
-        for (pid, command) in
-            [&self.source, &self.destination].into_iter().flat_map(|host| host.leftovers().processes)
-        {
-            tracing::warn!(pid, command, "killed");
-            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, Signal::KILL);
-            }
+        for host in [&self.source, &self.destination] {
+            host.kill(|_| true);
         }
     }
 }
