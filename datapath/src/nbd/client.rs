@@ -1,7 +1,7 @@
 //! The client's side: an export chosen by its name, and one request after the other.
 
 use plugin::error::{Error, Result};
-use plugin::nbd::Greeting;
+use plugin::nbd::{ExportInfo, Greeting, choose_export};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{
@@ -13,15 +13,28 @@ use super::{
 ///
 /// # Errors
 ///
-/// When the connection ends, which is how a server says that it has no such export, or it breaks the protocol.
+/// When the server has no such export, the connection ends, or the server breaks the protocol.
 pub async fn choose(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), name: &str) -> Result<Export> {
     let greeting = Greeting::read(stream).await?;
+    let Some(info) = choose_export(stream, greeting, name).await? else {
+        return choose_by_name(stream, greeting, name).await;
+    };
+    match info {
+        ExportInfo { size: Some(size), flags: Some(flags), .. } => Ok(Export { size, flags }),
+        _ => Err(protocol("choosing an NBD export", format!("the server does not say how large {name:?} is"))),
+    }
+}
+
+/// Chooses an export of a server that has refused the newer option; it hangs up when it has no such export.
+async fn choose_by_name(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    greeting: Greeting,
+    name: &str,
+) -> Result<Export> {
     let doing = format!("choosing the NBD export {name:?}");
     let failed = |error| Error::io(doing.clone(), error);
     let length = u32::try_from(name.len()).map_err(|_| protocol(&doing, "the name is too long"))?;
-    let flags = greeting.client_flags().to_bytes();
-    let mut request = flags.to_vec();
-    request.extend(OPTION_MAGIC.to_be_bytes());
+    let mut request = OPTION_MAGIC.to_be_bytes().to_vec();
     request.extend(OPT_EXPORT_NAME.to_be_bytes());
     request.extend(length.to_be_bytes());
     request.extend(name.as_bytes());
@@ -29,7 +42,7 @@ pub async fn choose(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), name: &s
     stream.flush().await.map_err(failed)?;
     let export =
         Export { size: stream.read_u64().await.map_err(failed)?, flags: stream.read_u16().await.map_err(failed)? };
-    if u32::from_be_bytes(flags) & u32::from(NO_ZEROES) == 0 {
+    if u32::from_be_bytes(greeting.client_flags().to_bytes()) & u32::from(NO_ZEROES) == 0 {
         stream.read_exact(&mut [0; PADDING]).await.map_err(failed)?;
     }
     Ok(export)
@@ -150,5 +163,52 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         bytes.extend(payload);
         self.stream.write_all(&bytes).await.map_err(failed)?;
         self.stream.flush().await.map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(kind: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = crate::nbd::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(7_u32.to_be_bytes());
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend((payload.len() as u32).to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    /// Chooses an export of a server that greets with `flags`, sends `bytes` and closes; gives what the server was sent.
+    async fn chosen(flags: u16, bytes: &[u8]) -> (Result<Export>, Vec<u8>) {
+        let (mut near, mut far) = tokio::io::duplex(1 << 16);
+        far.write_all(&crate::nbd::INIT_MAGIC.to_be_bytes()).await.unwrap();
+        far.write_all(&OPTION_MAGIC.to_be_bytes()).await.unwrap();
+        far.write_all(&flags.to_be_bytes()).await.unwrap();
+        far.write_all(bytes).await.unwrap();
+        far.shutdown().await.unwrap();
+        let chosen = choose(&mut near, "e").await;
+        drop(near);
+        let mut said = Vec::new();
+        far.read_to_end(&mut said).await.unwrap();
+        (chosen, said)
+    }
+
+    #[tokio::test]
+    async fn a_server_without_the_newer_option_is_asked_by_the_oldest() {
+        let old = [reply(crate::nbd::REP_ERR_UNSUP, b""), vec![0, 0, 0, 0, 0, 0, 16, 0, 0, 3]].concat();
+        let (export, said) = chosen(3, &old).await;
+        assert_eq!(export.unwrap(), Export { size: 4096, flags: 3 });
+        assert!(said.ends_with(&[0, 0, 0, 1, 0, 0, 0, 1, b'e']), "{said:?}");
+        // The flags are said once.
+        assert_eq!(said.len(), 4 + (16 + 4 + 1 + 2) + (16 + 1));
+        let padded = [old, vec![0; PADDING]].concat();
+        assert_eq!(chosen(1, &padded).await.0.unwrap(), Export { size: 4096, flags: 3 });
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_no_size_is_refused() {
+        let (export, _) = chosen(3, &reply(1, b"")).await;
+        assert!(export.unwrap_err().chain().contains("how large \"e\" is"));
     }
 }

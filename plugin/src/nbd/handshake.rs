@@ -12,10 +12,12 @@ const FLAG_FIXED_NEWSTYLE: u16 = 1;
 const FLAG_NO_ZEROES: u16 = 2;
 
 const OPT_INFO: u32 = 6;
+const OPT_GO: u32 = 7;
 
 const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
 const REP_ERROR: u32 = 1 << 31;
+const REP_ERR_UNSUP: u32 = REP_ERROR | 1;
 const REP_ERR_UNKNOWN: u32 = REP_ERROR | 6;
 
 const INFO_EXPORT: u16 = 0;
@@ -86,6 +88,8 @@ impl ClientFlags {
 pub struct ExportInfo {
     /// Its size in bytes, where the server tells it before the transmission phase.
     pub size: Option<u64>,
+    /// Its transmission flags, which come with its size.
+    pub flags: Option<u16>,
     /// Its description, where it has one.
     pub description: Option<String>,
 }
@@ -104,37 +108,75 @@ pub async fn query_export(
     export: &str,
 ) -> Result<ExportInfo> {
     let doing = "asking the NBD server about the export";
+    let asked = ask(stream, doing, OPT_INFO, greeting, export, &[INFO_DESCRIPTION]).await?;
+    Ok(asked.unwrap_or_default())
+}
+
+/// Chooses an export, after the server's greeting was read: what follows is the transmission phase.
+///
+/// Sends the client's flags first. `None` when the server does not know the option (NBD_OPT_GO); the connection is
+/// then still in the option phase, for NBD_OPT_EXPORT_NAME. That one comes second because a server cannot refuse it
+/// but by hanging up, and because QEMU's crashes when the client is gone before it has answered (docs/qemu.md).
+///
+/// # Errors
+///
+/// When the connection ends or the peer breaks the protocol, and when it refuses the export.
+pub async fn choose_export(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    greeting: Greeting,
+    export: &str,
+) -> Result<Option<ExportInfo>> {
+    let doing = "choosing the NBD server's export";
+    match ask(stream, doing, OPT_GO, greeting, export, &[]).await? {
+        Ok(info) => Ok(Some(info)),
+        Err(REP_ERR_UNSUP) => Ok(None),
+        Err(refusal) => Err(protocol(doing, format!("it answers {export:?} with error {refusal:#x}"))),
+    }
+}
+
+/// Sends the client's flags and an option about an export, and gathers what the server says; or the error with which
+/// it answers.
+async fn ask(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    doing: &str,
+    option: u32,
+    greeting: Greeting,
+    export: &str,
+    kinds: &[u16],
+) -> Result<std::result::Result<ExportInfo, u32>> {
     let failed = |error| Error::io(doing, error);
-    let mut request = greeting.client_flags().to_bytes().to_vec();
-    request.extend(OPTION_MAGIC.to_be_bytes());
-    request.extend(OPT_INFO.to_be_bytes());
+    let mut about = Vec::new();
     let name =
         u32::try_from(export.len()).map_err(|_| protocol(doing, "the export's name is too long".to_owned()))?;
-    request.extend((4 + name + 2 + 2).to_be_bytes());
-    request.extend(name.to_be_bytes());
-    request.extend(export.as_bytes());
-    request.extend(1_u16.to_be_bytes());
-    request.extend(INFO_DESCRIPTION.to_be_bytes());
+    about.extend(name.to_be_bytes());
+    about.extend(export.as_bytes());
+    about.extend((kinds.len() as u16).to_be_bytes());
+    about.extend(kinds.iter().flat_map(|kind| kind.to_be_bytes()));
+    let mut request = greeting.client_flags().to_bytes().to_vec();
+    request.extend(OPTION_MAGIC.to_be_bytes());
+    request.extend(option.to_be_bytes());
+    request.extend((about.len() as u32).to_be_bytes());
+    request.extend(about);
     stream.write_all(&request).await.map_err(failed)?;
     stream.flush().await.map_err(failed)?;
 
     let mut info = ExportInfo::default();
     for _ in 0..REPLIES {
         let magic = stream.read_u64().await.map_err(failed)?;
-        let option = stream.read_u32().await.map_err(failed)?;
+        let answered = stream.read_u32().await.map_err(failed)?;
         let kind = stream.read_u32().await.map_err(failed)?;
         let length = stream.read_u32().await.map_err(failed)?;
-        if magic != REPLY_MAGIC || option != OPT_INFO || length > REPLY_BYTES {
-            let reason = format!("a reply with magic {magic:#x}, option {option}, length {length}");
+        if magic != REPLY_MAGIC || answered != option || length > REPLY_BYTES {
+            let reason = format!("a reply with magic {magic:#x}, option {answered}, length {length}");
             return Err(protocol(doing, reason));
         }
         let mut payload = vec![0; length as usize];
         stream.read_exact(&mut payload).await.map_err(failed)?;
         match kind {
-            REP_ACK => return Ok(info),
+            REP_ACK => return Ok(Ok(info)),
             REP_INFO => take_info(&payload, &mut info),
             REP_ERR_UNKNOWN => return Err(protocol(doing, format!("it has no export {export:?}"))),
-            error if error & REP_ERROR != 0 => return Ok(ExportInfo::default()),
+            error if error & REP_ERROR != 0 => return Ok(Err(error)),
             other => return Err(protocol(doing, format!("a reply of type {other}"))),
         }
     }
@@ -145,7 +187,12 @@ pub async fn query_export(
 fn take_info(payload: &[u8], info: &mut ExportInfo) {
     let Some((kind, rest)) = payload.split_first_chunk::<2>() else { return };
     match u16::from_be_bytes(*kind) {
-        INFO_EXPORT => info.size = rest.first_chunk::<8>().map(|size| u64::from_be_bytes(*size)),
+        INFO_EXPORT => {
+            if let Some((size, flags)) = rest.split_first_chunk::<8>() {
+                info.size = Some(u64::from_be_bytes(*size));
+                info.flags = flags.first_chunk().map(|flags| u16::from_be_bytes(*flags));
+            }
+        }
         INFO_DESCRIPTION => info.description = String::from_utf8(rest.to_vec()).ok(),
         _ => {}
     }
@@ -188,7 +235,7 @@ mod tests {
         let text = [&[0, 2][..], b"session=x"].concat();
         let bytes = [greeting(3), reply(REP_INFO, &size), reply(REP_INFO, &text), reply(REP_ACK, b"")].concat();
         let info = answered(&bytes).await.unwrap();
-        assert_eq!(info, ExportInfo { size: Some(4096), description: Some("session=x".to_owned()) });
+        assert_eq!(info, ExportInfo { size: Some(4096), flags: Some(1), description: Some("session=x".to_owned()) });
     }
 
     #[tokio::test]
@@ -222,6 +269,39 @@ mod tests {
         let bytes = [greeting(3), reply(REP_ACK, b"")].concat();
         for length in 0..bytes.len() {
             assert!(answered(&bytes[..length]).await.is_err(), "{length}");
+        }
+    }
+
+    /// Chooses an export of a peer that sends `bytes` whatever it is asked, and then closes.
+    async fn chosen(bytes: &[u8]) -> Result<Option<ExportInfo>> {
+        let (mut near, mut far) = tokio::io::duplex(1 << 16);
+        far.write_all(bytes).await.unwrap();
+        far.shutdown().await.unwrap();
+        let greeting = Greeting::read(&mut near).await?;
+        choose_export(&mut near, greeting, "e").await
+    }
+
+    fn reply_to_go(kind: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = reply(kind, payload);
+        bytes[8..12].copy_from_slice(&OPT_GO.to_be_bytes());
+        bytes
+    }
+
+    #[tokio::test]
+    async fn a_chosen_export_has_size_and_flags() {
+        let size = [&[0, 0][..], &4096_u64.to_be_bytes(), &[1, 3]].concat();
+        let bytes = [greeting(3), reply_to_go(REP_INFO, &size), reply_to_go(REP_ACK, b"")].concat();
+        let expected = ExportInfo { size: Some(4096), flags: Some(0x103), description: None };
+        assert_eq!(chosen(&bytes).await.unwrap(), Some(expected));
+    }
+
+    #[tokio::test]
+    async fn only_a_server_that_does_not_know_the_option_is_asked_in_another_way() {
+        let bytes = [greeting(3), reply_to_go(REP_ERR_UNSUP, b"")].concat();
+        assert_eq!(chosen(&bytes).await.unwrap(), None);
+        for refusal in [REP_ERROR | 2, REP_ERROR | 5, REP_ERR_UNKNOWN] {
+            let bytes = [greeting(3), reply_to_go(refusal, b"")].concat();
+            assert!(chosen(&bytes).await.unwrap_err().chain().contains("\"e\""), "{refusal:#x}");
         }
     }
 
