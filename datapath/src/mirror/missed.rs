@@ -15,9 +15,9 @@ use plugin::error::Result;
 use plugin::mirror::How;
 use plugin::mirror::job::{self, BITMAP, COMPARED, JOB, JobInfo};
 use plugin::qemu::daemon::Sockets;
-use plugin::qemu::graph;
 use plugin::qemu::qmp::Client;
-use serde_json::{Value, json};
+use plugin::qemu::{devices, graph};
+use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
@@ -57,8 +57,8 @@ impl Supervisor {
         }
         let node = graph::node_name(self.record.node);
         client.execute("block-dirty-bitmap-disable", json!({"node": node, "name": BITMAP})).await?;
-        let nodes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
-        let noted = noted(&nodes, &node);
+        let device = devices::device(client, &node).await?;
+        let noted = device.and_then(|device| device.bitmap(BITMAP).map(|bitmap| bitmap.bytes));
         if noted == Some(0) {
             self.missed = Missed::Nothing;
             client.execute("block-dirty-bitmap-remove", json!({"node": node, "name": BITMAP})).await?;
@@ -115,11 +115,4 @@ impl Supervisor {
         job::clear_exports(client, CLEAR_LOOKS).await?;
         Ok(Outcome::Finished)
     }
-}
-
-/// Finds how many bytes the bitmap of a node has.
-fn noted(nodes: &Value, name: &str) -> Option<u64> {
-    let node = nodes.as_array()?.iter().find(|node| node["node-name"] == name)?;
-    let bitmap = node["dirty-bitmaps"].as_array()?.iter().find(|bitmap| bitmap["name"] == BITMAP)?;
-    bitmap["count"].as_u64()
 }

@@ -1,5 +1,6 @@
 //! What a mirror's supervisor finds out before it sends, and what it leaves known afterwards.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
@@ -8,9 +9,8 @@ use plugin::id::{ContentId, NodeId};
 use plugin::mirror::{self, Announcement, Destination, Layer, Plan, Sessions};
 use plugin::nbd::ExportInfo;
 use plugin::qemu::qmp::Client;
-use plugin::qemu::{Image, graph};
+use plugin::qemu::{Image, devices, graph};
 use plugin::store::{LoadedTree, Sr};
-use serde_json::json;
 
 use super::supervisor::Supervisor;
 
@@ -108,13 +108,13 @@ async fn opened(
     layers: &[NodeId],
 ) -> Result<Vec<Inner>> {
     let loaded = loaded.ok_or_else(|| Error::Internal("a plan without a tree".to_owned()))?;
-    let nodes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
-    let nodes = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
+    let open: BTreeSet<String> =
+        devices::devices(client).await?.into_iter().filter_map(|device| device.name).collect();
     let mut parent = above;
     let mut found = Vec::with_capacity(layers.len());
     for node in layers {
         for name in [graph::node_name(parent), graph::node_name(*node)] {
-            if !nodes.iter().any(|node| node["node-name"] == name.as_str()) {
+            if !open.contains(&name) {
                 let reason = format!("it has no node {name}");
                 return Err(Error::Qemu { doing: "looking at the chain that is open".to_owned(), reason });
             }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use plugin::error::{Error, Result};
 use plugin::mirror::job::{self, JOB, JobInfo, LAYER_NODES, SIZED_NODE, TARGET_NODE};
 use plugin::mirror::{How, Phase, Progress, WHOLE};
+use plugin::qemu::devices::{self, Device};
 use plugin::qemu::graph::{self, Pace};
 use plugin::qemu::qmp::{Client, Events};
 use serde_json::{Value, json};
@@ -136,8 +137,8 @@ impl Supervisor {
 
     /// Runs one job to its end.
     async fn run_job(&mut self, client: &Client, relay: &mut Relay, mut job: Job) -> Result<Outcome> {
-        let sizes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
-        match (size_of(&sizes, &job.source)?, size_of(&sizes, TARGET_NODE)?) {
+        let devices = devices::devices(client).await?;
+        match (size_of(&devices, &job.source)?, size_of(&devices, TARGET_NODE)?) {
             (source, target) if target < source => {
                 return Err(Error::InvalidSize(format!("the destination has {target} bytes, the source {source}")));
             }
@@ -325,12 +326,12 @@ fn shares(sizes: &[u64]) -> Vec<(u32, u32)> {
     shares
 }
 
-/// Finds a node's size in what `query-named-block-nodes` returned.
-fn size_of(nodes: &Value, name: &str) -> Result<u64> {
-    let node = nodes.as_array().and_then(|nodes| nodes.iter().find(|node| node["node-name"] == name));
-    node.and_then(|node| node["image"]["virtual-size"].as_u64()).ok_or_else(|| Error::Qemu {
+/// Finds a node's size, in bytes.
+fn size_of(devices: &[Device], name: &str) -> Result<u64> {
+    let device = devices.iter().find(|device| device.name.as_deref() == Some(name));
+    device.map(Device::size).ok_or_else(|| Error::Qemu {
         doing: format!("asking for the size of node {name}"),
-        reason: "the storage daemon does not tell it".to_owned(),
+        reason: "the storage daemon has no such node".to_owned(),
     })
 }
 

@@ -1,12 +1,12 @@
 //! The block job of a mirror in the storage daemon, and the nodes that only it uses.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::VolumeKey;
-use crate::qemu::graph;
 use crate::qemu::qmp::Client;
+use crate::qemu::{devices, graph};
 
 /// The job's id.
 pub const JOB: &str = "mirror";
@@ -126,11 +126,9 @@ pub async fn end(client: &Client, attempts: u32) -> Result<()> {
 
 /// Removes the bitmap, whichever node has it.
 async fn remove_bitmap(client: &Client) -> Result<()> {
-    let nodes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
-    for node in nodes.as_array().map(Vec::as_slice).unwrap_or_default() {
-        let mut bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
-        if bitmaps.any(|bitmap| bitmap["name"] == BITMAP) {
-            client.execute("block-dirty-bitmap-remove", json!({"node": node["node-name"], "name": BITMAP})).await?;
+    for device in devices::devices(client).await? {
+        if device.bitmap(BITMAP).is_some() {
+            client.execute("block-dirty-bitmap-remove", json!({"node": device.name, "name": BITMAP})).await?;
         }
     }
     Ok(())
@@ -161,11 +159,9 @@ pub async fn clear_exports(client: &Client, attempts: u32) -> Result<()> {
 
 /// Removes nodes that are there, in the order given: outermost first. The NBD client says goodbye to its server.
 async fn remove_nodes(client: &Client, names: &[&str]) -> Result<()> {
-    let nodes = client.execute("query-named-block-nodes", json!({"flat": true})).await?;
+    let devices = devices::devices(client).await?;
     for name in names {
-        let is_there =
-            |nodes: &Value| nodes.as_array().is_some_and(|nodes| nodes.iter().any(|node| node["node-name"] == *name));
-        if is_there(&nodes) {
+        if devices.iter().any(|device| device.name.as_deref() == Some(name)) {
             client.execute("blockdev-del", json!({"node-name": name})).await?;
         }
     }

@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::Image;
+use super::devices::{self, Device, decode};
 use super::qmp::{Client, Events};
 use crate::error::{Error, Result};
 use crate::id::{ContentId, NodeId};
@@ -46,9 +47,6 @@ const IO_URING: &str = "io_uring";
 
 /// The command that lists exports.
 const QUERY_EXPORTS: &str = "query-block-exports";
-
-/// The command that lists nodes.
-const QUERY_NODES: &str = "query-named-block-nodes";
 
 /// The throttle group of everything that a daemon writes to its volume. It has no limits but those of [`pace`].
 pub(super) const PACE: &str = "pace";
@@ -268,37 +266,12 @@ fn export_in(answer: Option<Result<Value>>) -> Result<Option<BlockExport>> {
 
 /// Lists the names of the nodes of chains, the last one added first.
 async fn nodes(client: &Client) -> Result<Vec<String>> {
-    nodes_in(Some(client.execute(QUERY_NODES, json!({"flat": true})).await))
+    Ok(names_in(devices::devices(client).await?))
 }
 
-/// Takes the names from the answer to [`QUERY_NODES`].
-fn nodes_in(answer: Option<Result<Value>>) -> Result<Vec<String>> {
-    let nodes: Vec<BlockDevice> = decode(QUERY_NODES, answer)?;
-    Ok(nodes.into_iter().filter_map(|node| node.node_name).filter(|name| is_ours(name)).collect())
-}
-
-/// A node as [`QUERY_NODES`] describes it.
-#[derive(Deserialize)]
-struct BlockDevice {
-    #[serde(rename = "node-name")]
-    node_name: Option<String>,
-    backing_file: Option<String>,
-    #[serde(rename = "dirty-bitmaps", default)]
-    dirty_bitmaps: Vec<DirtyBitmap>,
-}
-
-#[derive(Deserialize)]
-struct DirtyBitmap {
-    name: Option<String>,
-    count: u64,
-}
-
-/// Describes a node; `None` when there is none.
-async fn device(client: &Client, node: NodeId) -> Result<Option<BlockDevice>> {
-    let answer = client.execute(QUERY_NODES, json!({"flat": true})).await;
-    let devices: Vec<BlockDevice> = decode(QUERY_NODES, Some(answer))?;
-    let name = Some(node_name(node));
-    Ok(devices.into_iter().find(|device| device.node_name == name))
+/// Takes the names of the nodes of chains.
+fn names_in(devices: Vec<Device>) -> Vec<String> {
+    devices.into_iter().filter_map(|device| device.name).filter(|name| is_ours(name)).collect()
 }
 
 /// Tells whether a node that was opened without a backing has one, as [`snapshot`] gives it.
@@ -307,7 +280,8 @@ async fn device(client: &Client, node: NodeId) -> Result<Option<BlockDevice>> {
 ///
 /// When the daemon does not answer.
 pub async fn has_backing(client: &Client, node: NodeId) -> Result<bool> {
-    Ok(device(client, node).await?.is_some_and(|device| device.backing_file.is_some()))
+    let device = devices::device(client, &node_name(node)).await?;
+    Ok(device.is_some_and(|device| device.backing_file.is_some()))
 }
 
 /// Tells whether nothing at all was written to a node since an export was added that announces a session.
@@ -316,9 +290,8 @@ pub async fn has_backing(client: &Client, node: NodeId) -> Result<bool> {
 ///
 /// When the daemon does not answer.
 pub async fn is_unwritten(client: &Client, node: NodeId, session: ContentId) -> Result<bool> {
-    let name = session.to_string();
-    let mut bitmaps = device(client, node).await?.into_iter().flat_map(|device| device.dirty_bitmaps);
-    Ok(bitmaps.any(|bitmap| bitmap.name.as_ref() == Some(&name) && bitmap.count == 0))
+    let device = devices::device(client, &node_name(node)).await?;
+    Ok(device.and_then(|device| device.bitmap(&session.to_string()).map(|bitmap| bitmap.bytes)) == Some(0))
 }
 
 /// No longer looks whether a node is written to in a session, where that was done.
@@ -527,15 +500,6 @@ fn format_options(name: &str, file: Value, mode: Mode) -> Value {
 fn allows_direct(path: &Path) -> bool {
     let direct = OFlags::DIRECT.bits().cast_signed();
     OpenOptions::new().read(true).custom_flags(direct).open(path).is_ok()
-}
-
-/// Decodes a command's answer.
-fn decode<T: serde::de::DeserializeOwned>(command: &str, answer: Option<Result<Value>>) -> Result<T> {
-    let answer = answer.ok_or_else(|| Error::Internal(format!("QMP {command} was not sent")))??;
-    serde_json::from_value(answer).map_err(|error| Error::Qemu {
-        doing: format!("QMP {command}"),
-        reason: format!("its answer cannot be read: {error}"),
-    })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //!        ├───────► graph    what the daemon has open: a chain of nodes under one export
 //!        │           │
 //!        │           ▼
+//!        │           devices  its nodes, as it describes them
 //!        └───────► qmp      the daemon's monitor
 //!
 //!   store ───────► img      qemu-img, for images that nobody has open
@@ -15,6 +16,7 @@
 //! backing, so that nothing a guest writes to its disk can make another file be opened.
 
 pub mod daemon;
+pub mod devices;
 pub mod graph;
 pub mod img;
 mod program;
