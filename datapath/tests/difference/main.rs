@@ -12,3 +12,4 @@ mod link;
 mod random;
 mod scene;
 mod site;
+mod started;
