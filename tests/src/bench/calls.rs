@@ -17,7 +17,7 @@ const DISK: u64 = 1 << 30;
 const SPAWN: &str = "/bin/true, run the same way";
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
-    let stage = Stage::build(&settings.binaries, false, &settings.place).await?;
+    let stage = settings.stage(false).await?;
     let result = async {
         volumes(settings, &stage, measured).await.context("volume calls")?;
         datapaths(settings, &stage, measured).await.context("datapath calls")?;

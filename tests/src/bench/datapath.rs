@@ -100,7 +100,7 @@ async fn without_mirror(settings: &Settings, stage: &Stage, volume: &Volume) -> 
 async fn with_mirror(settings: &Settings, stage: &Stage, volume: &Volume) -> Result<(InTurn, Figure)> {
     let (host, other) = (&stage.source, &stage.destination);
     let target = call::create(other, &stage.destination_sr, DISK).await?;
-    let remote = call::plug(other, &target, "MIR01").await?;
+    let remote = call::plug(other, &target, "MIR0be9c4").await?;
     let (mut stats, mut spawns) = (Vec::new(), Vec::new());
     let taken = in_turn(
         settings.scale.calls,
@@ -126,7 +126,7 @@ async fn with_mirror(settings: &Settings, stage: &Stage, volume: &Volume) -> Res
         },
     )
     .await?;
-    call::unplug(other, &target, "MIR01").await?;
+    call::unplug(other, &target, "MIR0be9c4").await?;
     call::destroy(other, &stage.destination_sr, &target).await?;
     let (what, samples) = ("Data.stat of a ready mirror", last(settings, stats));
     let stat = Figure::new("call-data-stat", what, Unit::Seconds, samples);

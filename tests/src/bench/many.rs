@@ -11,6 +11,7 @@ use super::svg::Lines;
 use super::{Bar, Figure, Measured, Settings, Unit, in_turn, memory};
 use crate::disk::qemu_img;
 use crate::scenario::Stage;
+use crate::smapiv2::Sr;
 use crate::wire::{Request, Volume};
 
 const DISK: u64 = 1 << 30;
@@ -21,7 +22,7 @@ const GROWTH: f64 = 1.1;
 type BySize = Vec<(usize, Vec<f64>)>;
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
-    let stage = Stage::build(&settings.binaries, true, &settings.place).await?;
+    let stage = settings.stage(true).await?;
     let result = grow(settings, &stage, measured).await;
     stage.close().await;
     result
@@ -72,6 +73,7 @@ async fn grow(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Re
         scan_spawns = if count == scale.volumes[2] { spawns } else { scan_spawns };
     }
     check(&stage.source_path, copier.copies())?;
+    growth(settings, stage, measured).await?;
     told(scale.volumes, &stats, &scans, (stat_spawns, scan_spawns), measured);
 
     let [.., many, most] = scale.volumes;
@@ -90,6 +92,36 @@ async fn grow(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Re
     call::snapshot(host, sr, copied).await.map(drop)
 }
 
+/// Volume.stat in the largest SR and in one as small as the smallest was, by turns.
+async fn growth(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Result<()> {
+    let (host, scale) = (&stage.source, &settings.scale);
+    let [few, .., most] = scale.volumes;
+    for _ in 0..few {
+        call::create(host, &stage.destination_sr, DISK).await?;
+    }
+    let mut asked = Vec::new();
+    for sr in [&stage.source_sr, &stage.destination_sr] {
+        let volumes = Volume::decode_list(&call::call(host, &Request::sr("SR.ls", DBG, &sr.0)).await?)?;
+        let step = (volumes.len() / 7).max(1);
+        asked.push((sr, volumes.into_iter().step_by(step).collect::<Vec<_>>()));
+    }
+    let [(large, of_large), (small, of_small)] = &asked[..] else { bail!("two SRs were listed") };
+    let (mut of_large, mut of_small) = (of_large.iter().cycle(), of_small.iter().cycle());
+    let stat = async |sr: &Sr, volume: Option<&Volume>| {
+        let volume = volume.context("an SR without volumes")?;
+        Ok(timed(host, &Request::volume("Volume.stat", DBG, &sr.0, &volume.key)).await?.1)
+    };
+    let (large, small) = in_turn(
+        scale.calls,
+        async || stat(large, of_large.next()).await,
+        async || stat(small, of_small.next()).await,
+    )
+    .await?;
+    let figure = Figure::new("stat-growth", format!("Volume.stat, SR of {most} volumes"), Unit::Seconds, large);
+    measured.add(figure.against(format!("in one of {few}, by turns"), small).bar(Bar::Times(GROWTH)));
+    Ok(())
+}
+
 /// The figures of the issue and the chart over all sizes.
 fn told(
     volumes: [usize; 4],
@@ -101,7 +133,7 @@ fn told(
     let of = |samples: &BySize, count: usize| {
         samples.iter().find(|(of, _)| *of == count).map_or_else(Vec::new, |(_, samples)| samples.clone())
     };
-    let [few, _, many, most] = volumes;
+    let [.., many, most] = volumes;
     let spawn = "/bin/true, run the same way";
     let figure = |id, what: String, samples, against: String, reference, times| {
         Figure::new(id, what, Unit::Seconds, samples).against(against, reference).bar(Bar::Times(times))
@@ -109,7 +141,6 @@ fn told(
     let name = |what: &str, count| format!("{what}, SR of {count} volumes");
     let stat = |count| name("Volume.stat", count);
     measured.add(figure("stat", stat(many), of(stats, many), spawn.into(), stat_spawns, 4.0));
-    measured.add(figure("stat-growth", stat(most), of(stats, most), stat(few), of(stats, few), GROWTH));
     let scan = |count| name("SR.ls", count);
     measured.add(figure("scan", scan(many), of(scans, many), spawn.into(), scan_spawns, 40.0));
     measured.add(figure("scan-growth", scan(most), of(scans, most), scan(many), of(scans, many), 12.0));

@@ -39,7 +39,7 @@ pub(super) async fn measure(settings: &Settings, stage: &Stage, measured: &mut M
     }
     measured.add(figure("memory-volume", "the volume plugin's scripts, the largest", sizes));
 
-    let remote = call::plug(other, &target, "MIR01").await?;
+    let remote = call::plug(other, &target, "MIR0be9c4").await?;
     let mut sizes = Vec::new();
     for _ in 0..settings.scale.calls.min(5) {
         for method in ["Datapath.attach", "Datapath.activate"] {
@@ -72,7 +72,7 @@ pub(super) async fn measure(settings: &Settings, stage: &Stage, measured: &mut M
     }
     call::unplug(host, &volume, "7").await?;
     call::call(host, &Request::data("Data.destroy", DBG, &operation)).await?;
-    call::unplug(other, &target, "MIR01").await?;
+    call::unplug(other, &target, "MIR0be9c4").await?;
     call::destroy(other, other_sr, &target).await?;
     for volume in host.sr_ls(DBG, sr).await? {
         call::destroy(host, sr, &volume).await?;

@@ -22,12 +22,12 @@ use crate::smapiv2::{Dp, Sr, Vdi, Vm};
 use crate::wire::{Request, Volume};
 
 /// The domain for which the source is active: as a snapshot that travels.
-const READER: &str = "CP01";
+const READER: &str = "CP0be9c4";
 /// The domain for which a destination is active.
-const WRITER: &str = "MIR01";
+const WRITER: &str = "MIR0be9c4";
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
-    let stage = Stage::build(&settings.binaries, false, &settings.place).await?;
+    let stage = settings.stage(false).await?;
     let result = async {
         whole(settings, &stage, measured).await.context("whole mirrors")?;
         sparse::measure(settings, &stage, measured).await.context("a large volume with little in it")

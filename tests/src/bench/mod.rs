@@ -32,10 +32,12 @@ mod sparse;
 mod svg;
 mod tree;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Result;
+
+use crate::scenario::{Layout, Stage};
 
 pub use figure::{Bar, Figure, Samples, Unit, Verdict};
 pub use machine::Machine;
@@ -89,6 +91,16 @@ pub struct Settings {
     pub scale: Scale,
     /// What to measure.
     pub groups: Vec<Group>,
+}
+
+impl Settings {
+    /// Makes the hosts, one or two, with their /run in memory where the machine has such a file system: on a real host it
+    /// is.
+    async fn stage(&self, one_host: bool) -> Result<Stage> {
+        let memory = Some(Path::new("/dev/shm")).filter(|memory| memory.is_dir());
+        let (binaries, place) = (&self.binaries, &self.place);
+        Stage::laid_out(&Layout { binaries, one_host, place, memory, verify: false }).await
+    }
 }
 
 /// Measures; `tell` is told each group before it begins.

@@ -56,7 +56,7 @@ impl Scale {
             volumes: [10, 100, 1_000, 10_000],
             scans: 7,
             mirror: 2 * GIB,
-            mirrors: 3,
+            mirrors: 5,
             sparse: 1 << 40,
             sparse_data: 64 * MIB,
             tree: 2 * GIB,

@@ -21,7 +21,7 @@ const BLOCK: u64 = 4096;
 const DISK: u64 = 1 << 30;
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
-    let stage = Stage::build(&settings.binaries, true, &settings.place).await?;
+    let stage = settings.stage(true).await?;
     let result = with_guest(settings, &stage, measured).await;
     stage.close().await;
     result

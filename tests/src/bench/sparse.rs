@@ -11,7 +11,7 @@ use crate::wire::Volume;
 const SMALL: u64 = 1 << 30;
 /// The domain of a halted VM's disk: its mirror opens it by itself.
 const NOBODY: &str = "-1";
-const WRITER: &str = "MIR01";
+const WRITER: &str = "MIR0be9c4";
 
 pub(super) async fn measure(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Result<()> {
     let (host, sr, scale) = (&stage.source, &stage.source_sr, &settings.scale);

@@ -104,7 +104,7 @@ fn median_at(runs: &[Run], place: usize) -> f64 {
 
 /// Makes the tree and migrates it, the VM running without writing.
 async fn migrate(settings: &Settings, flow: Flow, difference: bool, compare: bool) -> Result<Run> {
-    let stage = Stage::build(&settings.binaries, false, &settings.place).await?;
+    let stage = settings.stage(false).await?;
     let result = async {
         let mut run = Run { switchable: true, ..Run::default() };
         if !difference {

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 pub use machine::OnXapi;
-pub use stage::Stage;
+pub use stage::{Layout, Stage};
 pub use subject::Subject;
 pub use verdict::Judged;
 pub use witness::Witness;
@@ -50,6 +50,8 @@ pub struct Settings {
     pub flow: Flow,
     /// Whether source and destination are one host.
     pub one_host: bool,
+    /// Whether the plugins are told to compare source and destination after each mirror that sent only a difference.
+    pub verify: bool,
     /// How often the flow asks how far a mirror is; xapi's own pace if not given.
     pub poll: Option<Duration>,
     /// Where the hosts and their SRs are made: a directory with a short path.
@@ -73,7 +75,9 @@ pub struct Outcome {
 /// # Errors
 /// If there was nothing to migrate: hosts, SRs, VM or its history could not be made.
 pub async fn run(subject: Subject, settings: &Settings, show: Show) -> Result<Outcome> {
-    let stage = Stage::build(&settings.binaries, settings.one_host, &settings.place).await?;
+    let Settings { binaries, one_host, verify, place, .. } = settings;
+    let stage =
+        Stage::laid_out(&Layout { binaries, one_host: *one_host, place, memory: None, verify: *verify }).await?;
     let outcome = on(&stage, subject, settings, show).await;
     stage.close().await;
     outcome

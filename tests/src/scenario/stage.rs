@@ -37,6 +37,22 @@ pub struct Stage {
     /// Every script call of both hosts.
     pub log: CallLog,
     _directory: TempDir,
+    _memory: Option<TempDir>,
+}
+
+/// How a stage is laid out.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout<'a> {
+    /// The directory of the two executables.
+    pub binaries: &'a Path,
+    /// Whether source and destination are one host.
+    pub one_host: bool,
+    /// Where hosts and SRs are made: a directory with a short path.
+    pub place: &'a Path,
+    /// A file system in memory for the hosts' /run, which is one on real hosts too; in `place` if not given.
+    pub memory: Option<&'a Path>,
+    /// Whether the SRs' device-config has `verify`.
+    pub verify: bool,
 }
 
 impl Stage {
@@ -46,8 +62,26 @@ impl Stage {
     /// # Errors
     /// If a plugin refuses.
     pub async fn build(binaries: &Path, one_host: bool, place: &Path) -> Result<Self> {
+        Self::laid_out(&Layout { binaries, one_host, place, memory: None, verify: false }).await
+    }
+
+    /// Starts the hosts and makes and attaches their SRs, as [`Self::build`] does, with whatever else is wanted.
+    ///
+    /// # Errors
+    /// If a plugin refuses.
+    pub async fn laid_out(layout: &Layout<'_>) -> Result<Self> {
+        let Layout { binaries, one_host, place, memory, verify } = *layout;
         let directory = tempfile::Builder::new().prefix("fx-").tempdir_in(place);
         let directory = directory.with_context(|| format!("no directory in {}", place.display()))?;
+        let memory = memory.map(|memory| tempfile::Builder::new().prefix("fx-").tempdir_in(memory)).transpose()?;
+        if let Some(memory) = &memory {
+            for name in ["a", "b"] {
+                let (run, root) = (memory.path().join(name), directory.path().join(name));
+                std::fs::create_dir(&run)?;
+                std::fs::create_dir(&root)?;
+                std::os::unix::fs::symlink(run, root.join("run"))?;
+            }
+        }
         let log = CallLog::default();
         let plugins = PluginSource::Binaries(binaries.to_owned());
         let source = Host::start("a", &directory.path().join("a"), &plugins, &log).await.context("host a")?;
@@ -57,8 +91,8 @@ impl Stage {
             Host::start("b", &directory.path().join("b"), &plugins, &log).await.context("host b")?
         };
         let (source_path, destination_path) = (directory.path().join("sr-a"), directory.path().join("sr-b"));
-        let source_sr = make_sr(&source, &source_path, "source").await?;
-        let destination_sr = make_sr(&destination, &destination_path, "destination").await?;
+        let source_sr = make_sr(&source, &source_path, "source", verify).await?;
+        let destination_sr = make_sr(&destination, &destination_path, "destination", verify).await?;
         Ok(Self {
             xapi: Xapi::default(),
             source,
@@ -69,6 +103,7 @@ impl Stage {
             destination_path,
             log,
             _directory: directory,
+            _memory: memory,
         })
     }
 
@@ -77,7 +112,7 @@ impl Stage {
     /// # Errors
     /// If the plugin refuses.
     pub async fn move_destination(&mut self, path: &Path) -> Result<()> {
-        self.destination_sr = make_sr_in(&self.destination, path, "another").await?;
+        self.destination_sr = make_sr_in(&self.destination, path, "another", false).await?;
         self.destination_path = path.to_owned();
         Ok(())
     }
@@ -118,14 +153,17 @@ impl Drop for Stage {
     }
 }
 
-async fn make_sr(host: &Host, path: &Path, name: &str) -> Result<Sr> {
+async fn make_sr(host: &Host, path: &Path, name: &str, verify: bool) -> Result<Sr> {
     std::fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))?;
-    make_sr_in(host, path, name).await
+    make_sr_in(host, path, name, verify).await
 }
 
-async fn make_sr_in(host: &Host, path: &Path, name: &str) -> Result<Sr> {
+async fn make_sr_in(host: &Host, path: &Path, name: &str, verify: bool) -> Result<Sr> {
     let sr = Sr(Uuid::new_v4().to_string());
-    let config = [("uri".to_owned(), format!("file://{}", path.display()))];
+    let mut config = vec![("uri".to_owned(), format!("file://{}", path.display()))];
+    if verify {
+        config.push(("verify".to_owned(), "true".to_owned()));
+    }
     let config = host.sr_create(DBG, KIND, &sr, &config, name, "").await.context("SR.create")?;
     host.sr_attach(DBG, KIND, &sr, &config).await.context("SR.attach")?;
     Ok(sr)
