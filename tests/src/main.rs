@@ -145,6 +145,9 @@ struct Run {
     /// Source and destination are two SRs of one host.
     #[arg(long)]
     one_host: bool,
+    /// Has the plugins compare source and destination after each mirror that sent only a difference.
+    #[arg(long)]
+    verify: bool,
     /// The directory of the plugins' executables; that of this one if not given.
     #[arg(long, value_name = "DIR")]
     binaries: Option<PathBuf>,
@@ -259,6 +262,7 @@ async fn perform(subject: Subject, run: &Run) -> Result<bool> {
         binaries: binaries(run.binaries.as_deref())?,
         flow: run.flow.into(),
         one_host: run.one_host,
+        verify: run.verify,
         poll: None,
         place: "/tmp".into(),
     };

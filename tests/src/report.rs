@@ -18,6 +18,8 @@ pub struct Report {
     pub nodes: Vec<Node>,
     /// Bytes that the source sent through the proxies.
     pub bytes_on_the_wire: u64,
+    /// Bytes that the destination sent back: answers, and what was read to be compared.
+    pub bytes_back: u64,
     /// Bytes that the destination's node files take on their file system.
     pub physical_bytes: u64,
     /// Bytes that the source's node files took on theirs.
@@ -136,7 +138,9 @@ mod tests {
         assert_eq!(json["seconds"]["copy"], 1.25);
         assert_eq!(json["properties"]["acknowledged_writes"], false);
         assert_eq!(json["nodes"][0]["parent"], serde_json::Value::Null);
-        for field in ["ok", "bytes_on_the_wire", "physical_bytes", "unique_allocated_bytes", "downtime_seconds"] {
+        for field in
+            ["ok", "bytes_on_the_wire", "bytes_back", "physical_bytes", "unique_allocated_bytes", "downtime_seconds"]
+        {
             assert!(json.get(field).is_some(), "{field}");
         }
         assert!(json.get("guests").is_none() && json.get("problems").is_none());

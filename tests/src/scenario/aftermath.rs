@@ -62,6 +62,7 @@ pub(super) async fn of_success(
     }
     report.properties.acknowledged_writes = acknowledged;
     report.bytes_on_the_wire = migrated.wires.iter().map(|wire| wire.to_destination()).sum();
+    report.bytes_back = migrated.wires.iter().map(|wire| wire.from_destination()).sum();
     report.downtime_seconds = witness.downtime().map(|downtime| downtime.as_secs_f64());
     for (phase, seconds) in migrated.phases.iter() {
         let judged_in_it = if phase == if witness.downtime().is_some() { "switch" } else { "destroy source" } {
@@ -132,6 +133,7 @@ pub(super) async fn of_failure(
     report: &mut Report,
 ) -> Result<()> {
     report.bytes_on_the_wire = failed.wires.iter().map(|wire| wire.to_destination()).sum();
+    report.bytes_back = failed.wires.iter().map(|wire| wire.from_destination()).sum();
     report.problems.push(format!("{:#}", anyhow::Error::from(failed)));
     let wrote = witness.guests_write(AFTER_SWITCH).await;
     if let Err(error) = &wrote {

@@ -1,10 +1,13 @@
 //! Plans that were chosen because each asks for something that random ones may miss.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use fake_xapi::plan::Plan;
-use fake_xapi::scenario::{Outcome, Subject};
+use fake_xapi::scenario::{Outcome, Settings, Subject, run};
 use fake_xapi::sxm::Flow;
 
-use crate::{FLOWS, migrate, wrong};
+use crate::{FLOWS, migrate, settings, wrong};
 
 async fn outcome(json: &str, flow: Flow, one_host: bool) -> Outcome {
     let outcome = migrate(Subject::of(Plan::parse(json.as_bytes()).unwrap()).unwrap(), flow, one_host).await;
@@ -49,6 +52,18 @@ async fn a_halted_vm_migrates() {
     for flow in FLOWS {
         let outcome = outcome(&format!(r#"{{"size": 4194304, "halted": true, {BRANCHES}}}"#), flow, false).await;
         assert_eq!(outcome.report.downtime_seconds, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_sent_as_a_difference_is_read_back_where_that_is_asked_for() {
+    for verify in [false, true] {
+        let plan = Plan::parse(format!(r#"{{"size": 4194304, "halted": true, {BRANCHES}}}"#).as_bytes()).unwrap();
+        let settings = Settings { verify, ..settings(Path::new("/tmp"), Flow::Tree) };
+        let outcome = run(Subject::of(plan).unwrap(), &settings, Arc::new(|_, _| {})).await.unwrap();
+        assert_eq!(wrong(&outcome.report), None, "\n{outcome}");
+        // Three of the four mirrors lie on what the destination has already: a mebibyte of data and more.
+        assert_eq!(outcome.report.bytes_back > 3 << 20, verify, "{}", outcome.report.bytes_back);
     }
 }
 

@@ -34,9 +34,12 @@ async fn migrate(subject: Subject, flow: Flow, one_host: bool) -> Outcome {
 }
 
 async fn migrate_in(place: &Path, subject: Subject, flow: Flow, one_host: bool) -> Outcome {
+    run(subject, &Settings { one_host, ..settings(place, flow) }, Arc::new(|_, _| {})).await.unwrap()
+}
+
+fn settings(place: &Path, flow: Flow) -> Settings {
     let poll = Some(Duration::from_millis(20));
-    let settings = Settings { binaries: binaries(), flow, one_host, poll, place: place.to_owned() };
-    run(subject, &settings, Arc::new(|_, _| {})).await.unwrap()
+    Settings { binaries: binaries(), flow, one_host: false, verify: false, poll, place: place.to_owned() }
 }
 
 /// What a report says if not everything holds.
