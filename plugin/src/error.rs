@@ -122,7 +122,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A record of ours cannot be read as one.
-    #[error("record {path} is damaged: {reason}")]
+    #[error("record {path} is damaged: {reason}{}", advice(.path))]
     DamagedRecord {
         /// The file.
         path: PathBuf,
@@ -140,7 +140,7 @@ pub enum Error {
         known: u64,
     },
     /// A qcow2 file is not what the records say, or cannot be trusted.
-    #[error("image {path} is refused: {reason}")]
+    #[error("image {path} is refused: {reason}{}", advice(.path))]
     Image {
         /// The file.
         path: PathBuf,
@@ -297,6 +297,22 @@ impl Error {
     }
 }
 
+/// Says by which command a person learns more of a file that is part of an SR.
+fn advice(path: &Path) -> String {
+    let above = |levels: usize| path.ancestors().nth(levels);
+    let is_in = |levels, name: &str| above(levels).and_then(Path::file_name).is_some_and(|found| found == name);
+    let sr = if path.file_name().is_some_and(|name| name == "sr.json") {
+        above(1)
+    } else if is_in(2, "trees") {
+        above(3)
+    } else if is_in(1, "trees") {
+        above(2)
+    } else {
+        None
+    };
+    sr.map_or_else(String::new, |sr| format!("; 'xapi-storage-qcow2 check {}' says what can be done", sr.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::io::Errno;
@@ -325,6 +341,23 @@ mod tests {
     fn the_cause_is_printed_after_the_message() {
         let error = Error::io("writing x", io::Error::other("because"));
         assert_eq!(error.chain(), "writing x failed: because");
+    }
+
+    #[test]
+    fn what_is_wrong_in_an_sr_names_the_command_that_helps() {
+        for (path, sr) in [
+            ("/sr/sr.json", Some("/sr")),
+            ("/sr/trees/t/tree.json", Some("/sr")),
+            ("/sr/trees/t/n.qcow2", Some("/sr")),
+            ("/sr/trees/odd", Some("/sr")),
+            ("/run/xapi-storage-qcow2/volumes/v/state.json", None),
+            ("/", None),
+        ] {
+            let error = Error::DamagedRecord { path: path.into(), reason: "r".to_owned() };
+            let expected = sr.map(|sr| format!("'xapi-storage-qcow2 check {sr}'"));
+            assert_eq!(error.to_string().contains("check"), expected.is_some(), "{error}");
+            assert!(expected.is_none_or(|words| error.to_string().contains(&words)), "{error}");
+        }
     }
 
     #[test]

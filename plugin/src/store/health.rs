@@ -31,6 +31,14 @@ pub fn stat(host: &Host, uuid: SrUuid) -> Result<SrStat> {
         sr.has_directories()?;
         sr.describe()
     });
+    let looked = looked.and_then(|stat| {
+        let asked = host.clone();
+        // A list of volumes would fail for it. Where that takes too long, the list says so itself.
+        match within(patience, move || Sr::attached(&asked, uuid)?.has_readable_trees()) {
+            Ok(()) | Err(Error::Timeout { .. }) => Ok(stat),
+            Err(error) => Err(error),
+        }
+    });
     match looked {
         Err(error @ Error::SrNotAttached(_)) => Err(error),
         Err(error) => Ok(SrStat {
@@ -86,7 +94,6 @@ fn health_of(error: &Error) -> Health {
         Error::SrUnavailable { .. } => Health::Unavailable(format!(
             "{text}; mount its file system, or unplug the PBD if the SR is gone for good"
         )),
-        Error::DamagedRecord { .. } => Health::Unavailable(format!("{text}; put the file back from a backup")),
         _ => Health::Unavailable(text),
     }
 }

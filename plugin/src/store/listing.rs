@@ -32,7 +32,7 @@ impl Sr {
     ///
     /// When any tree cannot be read: a list that lacks a volume would have xapi forget it.
     pub fn volumes(&self) -> Result<Vec<VolumeRecord>> {
-        let mut records = self.volumes_of(&self.tree_ids()?)?;
+        let mut records = of_each(&self.tree_ids()?, |id| self.tree_volumes(id))?;
         records.sort_unstable_by_key(|record| record.key);
         let mut doubtful: BTreeSet<VolumeKey> =
             records.windows(2).filter(|pair| pair[0].key == pair[1].key).map(|pair| pair[0].key).collect();
@@ -51,30 +51,44 @@ impl Sr {
         Ok(records)
     }
 
-    /// Lists the volumes of trees, in no order. Several threads read, as most of the time goes into waiting for a file
-    /// system, and on a network nearly all.
-    fn volumes_of(&self, ids: &[TreeId]) -> Result<Vec<VolumeRecord>> {
-        let list = |ids: &[TreeId]| {
-            let mut records = Vec::with_capacity(ids.len());
-            for id in ids {
-                records.extend(self.tree_volumes(*id)?);
-            }
-            Ok(records)
-        };
-        if ids.len() < 2 * TREES_A_THREAD {
-            return list(ids);
+    /// Sees that the record of every tree can be read; an SR without the directory of its trees has none.
+    ///
+    /// # Errors
+    ///
+    /// The first record's that cannot be read.
+    pub fn has_readable_trees(&self) -> Result<()> {
+        if !self.trees().is_dir() {
+            return Ok(());
         }
-        let part = ids.len().div_ceil(THREADS).max(TREES_A_THREAD);
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = ids.chunks(part).map(|part| scope.spawn(move || list(part))).collect();
-            let mut records = Vec::with_capacity(ids.len());
-            for thread in threads {
-                records.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-            }
-            Ok(records)
-        })
+        of_each(&self.tree_ids()?, |id| self.read_tree(id).map(|_| Vec::<()>::new())).map(drop)
     }
+}
 
+/// Gathers what each tree has, in no order. Several threads read, as most of the time goes into waiting for a file
+/// system, and on a network nearly all.
+fn of_each<T: Send>(ids: &[TreeId], read: impl Fn(TreeId) -> Result<Vec<T>> + Sync) -> Result<Vec<T>> {
+    let list = |ids: &[TreeId]| {
+        let mut records = Vec::with_capacity(ids.len());
+        for id in ids {
+            records.extend(read(*id)?);
+        }
+        Ok(records)
+    };
+    if ids.len() < 2 * TREES_A_THREAD {
+        return list(ids);
+    }
+    let part = ids.len().div_ceil(THREADS).max(TREES_A_THREAD);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ids.chunks(part).map(|part| scope.spawn(|| list(part))).collect();
+        let mut records = Vec::with_capacity(ids.len());
+        for thread in threads {
+            records.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(records)
+    })
+}
+
+impl Sr {
     /// Describes one volume.
     ///
     /// # Errors

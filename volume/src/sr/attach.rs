@@ -18,7 +18,8 @@ pub struct Parameters {
 ///
 /// # Errors
 ///
-/// When there is no SR, or another than the device-config's `sr_uuid` says.
+/// When there is no SR, or another than the device-config's `sr_uuid` says; when its record or that of any tree cannot be
+/// read.
 pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
     let sr = Sr::open(&sr_path(&parameters.configuration)?)?;
     let uuid = sr.record.uuid;
@@ -27,6 +28,8 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
     {
         return Err(Error::InvalidDeviceConfig { key: "sr_uuid", reason: format!("the SR there is {uuid}") });
     }
+    // What it holds could not be listed: better known now than by the first scan.
+    sr.has_readable_trees()?;
     sr.attach_with(host, &parameters.configuration)?;
     // What is left over does no harm, so that an SR that cannot be written to can still be read.
     let swept = sr.lock_sr(host).and_then(|lock| sr.sweep(host, &lock));
