@@ -178,6 +178,29 @@ pub fn detach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
     with_attachment(host, uri, tree, |attachment| block_on(attachment.detach(domain)))
 }
 
+/// Makes this host's claim on a volume say what is open here, which is nothing after the host was booted. What a guest
+/// wrote that died with the host, and was to be thrown away, is gone then.
+///
+/// # Errors
+///
+/// [`Error::VolumeDoesNotExist`]; [`Error::ActivatedOnAnotherHost`] when the volume is open here without a claim, and
+/// another host's claim forbids that.
+pub fn reclaim(host: &Host, sr: &Sr, volume: VolumeKey) -> Result<()> {
+    let mut tree = sr.lock(host, volume)?;
+    let (this, boot_id) = (host.uuid()?, host.boot_id()?);
+    let open = Attachment::lock_existing(host, volume)?.and_then(|attachment| attachment.open_mode());
+    if let Some(mode) = open {
+        refuse_for_others(&tree.tree, volume, this, mode)?;
+    }
+    let is_before = |claim: &Activation| claim.host == this && claim.boot_id != boot_id;
+    let is_abandoned = open.is_none() && tree.volume(volume)?.active.iter().any(is_before);
+    if let Some(scratch) = tree.scratch(volume).filter(|_| is_abandoned) {
+        let again = !scratch.ended;
+        tree.empty_scratch(volume, again)?;
+    }
+    with_attachment(host, VolumeUri { sr: sr.record.uuid, volume }, Some(tree), |_| Ok(()))
+}
+
 /// Deactivates and detaches a domain: nothing of it stays, and the second is done even when the first fails.
 ///
 /// # Errors

@@ -59,6 +59,12 @@ impl FileLock {
         }
     }
 
+    /// Tells whether somebody holds the lock at `path`, without making a file there. For a moment it is held to find out.
+    pub fn is_held(path: &Path) -> bool {
+        let file = OpenOptions::new().read(true).open(path);
+        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// Gives the file's path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -58,7 +58,7 @@ pub fn read_if_present<R: Record>(path: &Path) -> Result<Option<R>> {
 }
 
 /// Decodes a record's bytes; `path` is for the error.
-fn parse<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
+pub(crate) fn parse<R: Record>(path: &Path, bytes: &[u8]) -> Result<R> {
     #[derive(Deserialize)]
     struct Head {
         #[serde(default)]

@@ -76,9 +76,9 @@ fn a_record_that_is_cut_off_anywhere_is_named_and_nothing_is_changed() {
         }
         assert_eq!(content(&bench), before);
     };
-    // Every length for the scan that xapi relies on, some for every method that reads the tree. Without the newline
-    // at its end the record is whole.
-    for length in 0..whole.len() - 1 {
+    // Some lengths for the scan that xapi relies on, fewer for every method that reads the tree; every length is in the
+    // suite `check`. Without the newline at its end the record is whole.
+    for length in (0..whole.len() - 1).step_by(29) {
         short(&whole[..length], &[1]);
     }
     let reading: Vec<usize> = vec![1, 5, 6, 7, 8, 9, 10, 11, 12, 13];

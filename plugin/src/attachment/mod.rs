@@ -20,6 +20,7 @@ mod graph_state;
 mod import;
 mod lifecycle;
 mod live;
+mod seen;
 mod session;
 mod state;
 
@@ -38,6 +39,7 @@ use crate::qemu::qmp::Client;
 use crate::record::{self, Durability};
 use crate::store::Mode;
 pub use import::import_socket;
+pub use seen::{Seen, SeenOpen};
 use state::State;
 pub use state::Use;
 

@@ -244,7 +244,11 @@ fn text(path: &Path) -> Result<&str> {
 }
 
 /// Finds the daemons that run in a directory, recorded or not.
-fn running_in(host: &Host, directory: &Path) -> Result<Vec<Process>> {
+///
+/// # Errors
+///
+/// When the processes cannot be listed.
+pub fn running_in(host: &Host, directory: &Path) -> Result<Vec<Process>> {
     let proc = Path::new("/proc");
     let entries = fs::read_dir(proc).map_err(Error::on("listing", proc))?;
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());

@@ -151,7 +151,8 @@ impl LoadedTree {
         Ok(Layer { virtual_size: image.virtual_size, source: Source::Tables(Allocation::open(&image)?) })
     }
 
-    fn read_changed(&self, node: NodeId) -> Result<Changed> {
+    /// Reads the record of what a node changed.
+    pub(super) fn read_changed(&self, node: NodeId) -> Result<Changed> {
         let path = changed_path(&self.directory, node);
         let changed: Changed = record::read(&path).map_err(|error| match error {
             Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {

@@ -95,7 +95,7 @@ impl Sr {
     }
 
     /// Tells whether a symlink leads to no volume and none is being made for it.
-    fn is_dangling(&self, key: VolumeKey) -> Result<bool> {
+    pub(super) fn is_dangling(&self, key: VolumeKey) -> Result<bool> {
         let Some(id) = self.tree_of(key)? else {
             return Ok(false);
         };

@@ -12,7 +12,7 @@ use super::blank::{Blank, Unit};
 use super::header::Header;
 use super::sr::{OLD, Sr};
 use super::tree::{Change, Tree, Volume};
-use super::{content, garbage, plan};
+use super::{content, garbage, plan, spare};
 use crate::error::{Error, Result};
 use crate::id::{ContentId, NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
@@ -148,28 +148,28 @@ impl LockedTree {
         let tree = Tree { format: tree.needed_format(), ..tree };
         tree.check().map_err(|reason| Error::Internal(format!("a change would leave a wrong tree: {reason}")))?;
         let path = record_path(&self.loaded.directory);
-        let spare = spare_path(&self.loaded.directory);
         let bytes = record::encode(&tree)?;
         let before = fs::metadata(&path).map_err(Error::on("reading the state of", &path))?.len();
         let grows = bytes.len() as u64 > before;
-        match record::reserve(&spare, spare_size(bytes.len())) {
+        match spare::reserve(&self.loaded.directory, bytes.len()) {
             Err(error) if grows => return Err(error),
             _ => {}
         }
         match record::replace(&path, &bytes, durability) {
             Err(Error::NoSpace { .. }) if !grows => {
-                record::replace_with(&spare, &path, &bytes)?;
+                record::replace_with(&spare::path(&self.loaded.directory), &path, &bytes)?;
                 self.reserve_again(bytes.len());
             }
             result => result?,
         }
+        spare::keep_copy(&self.loaded.directory, &bytes);
         self.loaded.tree = tree;
         Ok(())
     }
 
     /// Sets blocks aside anew, where there are any: others wait for them too.
     fn reserve_again(&self, record: usize) {
-        if let Err(error) = record::reserve(&spare_path(&self.directory), spare_size(record)) {
+        if let Err(error) = spare::reserve(&self.directory, record) {
             tracing::warn!(error = error.chain(), "the next call may not find space for its record");
         }
     }
@@ -408,7 +408,8 @@ pub(super) fn read(directory: &Path) -> Result<Option<Tree>> {
 pub(super) fn write_first(directory: &Path, tree: &Tree) -> Result<File> {
     tree.check().map_err(|reason| Error::Internal(format!("a new tree is wrong: {reason}")))?;
     let bytes = record::encode(tree)?;
-    record::reserve(&spare_path(directory), spare_size(bytes.len()))?;
+    spare::reserve(directory, bytes.len())?;
+    spare::keep_copy(directory, &bytes);
     let path = record_path(directory);
     let mut options = OpenOptions::new();
     let file = options.write(true).create_new(true).mode(0o600).open(&path).map_err(Error::on("creating", &path))?;
@@ -416,19 +417,9 @@ pub(super) fn write_first(directory: &Path, tree: &Tree) -> Result<File> {
     Ok(file)
 }
 
-/// Gives the size of the spare file for a record: room for it to grow by a few volumes before the next time.
-fn spare_size(record: usize) -> u64 {
-    (record as u64 + 1024).next_multiple_of(4096)
-}
-
 /// Gives the path of a tree's record.
-fn record_path(directory: &Path) -> PathBuf {
+pub(super) fn record_path(directory: &Path) -> PathBuf {
     directory.join("tree.json")
-}
-
-/// Gives the path of the blocks set aside for a record.
-fn spare_path(directory: &Path) -> PathBuf {
-    directory.join("spare")
 }
 
 /// Gives the name of a node's file.

@@ -8,7 +8,9 @@
 //! <sr>/trees/<tree>/<node>.qcow2        a node
 //! <sr>/trees/<tree>/<node>.changed.json what a node changed whose file is gone, or says something else since
 //! <sr>/trees/<tree>/lock                whoever changes tree.json or the files holds it
-//! <sr>/trees/<tree>/spare               blocks set aside for a tree.json, so that a full file system can be freed
+//! <sr>/trees/<tree>/spare               blocks set aside for a tree.json, so that a full file system can be freed, and
+//!                                       a copy of it for when it is lost
+//! <sr>/trees/<tree>/tree.json.damaged   what was found in its place when it was made anew from that and the images
 //! <sr>/trees/.new-<tree>/               a tree being made; renamed into place
 //! <sr>/trees/.old-<tree>/               a tree whose last volume is gone, being removed
 //! ```
@@ -26,15 +28,20 @@ mod blank;
 mod changed;
 pub mod compose;
 mod content;
+mod examine;
+mod finding;
 mod garbage;
 mod header;
 pub mod health;
 mod intent;
 mod listing;
 mod locked;
+mod mend;
 mod new;
 pub mod plan;
+mod rebuild;
 mod scratch;
+mod spare;
 mod sr;
 mod tree;
 mod uri;
@@ -42,9 +49,12 @@ mod uri;
 pub use allocation::BLOCK;
 pub use blank::{Blank, Unit};
 pub use changed::Bitmap;
+pub use examine::Examination;
+pub use finding::{Finding, Severity};
 pub use header::Header;
 pub use locked::{LoadedTree, LockedTree};
 pub use new::NewTree;
+pub use rebuild::{RECOVERED, Rebuilt};
 pub use sr::{Sr, SrRecord, is_read_only};
 pub use tree::{
     Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, Past, SIZE_UNIT, Scratch, Tree, Volume,

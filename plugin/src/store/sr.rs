@@ -9,6 +9,7 @@ use rustix::fs::StatVfsMountFlags;
 use serde::{Deserialize, Serialize};
 
 use super::locked::{self, LoadedTree, LockedTree};
+use super::mend;
 use super::tree::Intent;
 use super::uri::{sr_path, sr_uri};
 use crate::error::{Error, Result};
@@ -133,7 +134,10 @@ impl Sr {
             Some(sr) => Ok(sr),
             None => Err(Error::SrUnavailable {
                 path: path.join("sr.json"),
-                reason: "the file does not exist: there is no SR, or its file system is not mounted".to_owned(),
+                reason: format!(
+                    "the file does not exist: there is no SR, or its file system is not mounted; mount it, or see what 'xapi-storage-qcow2 check {}' finds",
+                    path.display()
+                ),
             }),
         }
     }
@@ -177,6 +181,54 @@ impl Sr {
     pub(super) fn attached_names(host: &Host, uuid: SrUuid) -> Result<(String, String)> {
         let attached = AttachedRecord::of(host, uuid)?;
         Ok((attached.name, attached.description))
+    }
+
+    /// Gives where an SR is that is attached on this host.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SrNotAttached`].
+    pub fn attached_path(host: &Host, uuid: SrUuid) -> Result<PathBuf> {
+        AttachedRecord::of(host, uuid)?.path()
+    }
+
+    /// Gives the record that the SR in a directory had when this host attached it; `None` where it did not, or attached
+    /// several there, and where no tree is in the directory: that may be a file system that is not mounted.
+    ///
+    /// # Errors
+    ///
+    /// When this host's records cannot be read.
+    pub fn remembered(host: &Host, path: &Path) -> Result<Option<SrRecord>> {
+        let has_trees = fs::read_dir(path.join("trees")).is_ok_and(|mut entries| entries.next().is_some());
+        let mut records = Vec::new();
+        for uuid in Self::all_attached(host)? {
+            let attached = AttachedRecord::of(host, uuid)?;
+            if attached.path()? == path && !attached.destroyed {
+                let AttachedRecord { name, description, .. } = attached;
+                records.push(SrRecord { format: SrRecord::FORMAT, uuid, name, description });
+            }
+        }
+        Ok(if let ([record], true) = (&records[..], has_trees) { Some(record.clone()) } else { None })
+    }
+
+    /// Makes the record of an SR anew that is lost or torn, as this host remembers it; what is there is kept beside it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`] where it is not remembered.
+    pub fn restore(host: &Host, path: &Path) -> Result<Self> {
+        let record = match Self::open(path) {
+            Ok(sr) => return Ok(sr),
+            Err(error @ (Error::DamagedRecord { .. } | Error::SrUnavailable { .. })) => {
+                Self::remembered(host, path)?.ok_or(error)?
+            }
+            Err(error) => return Err(error),
+        };
+        let _lock = FileLock::acquire(&path.join("lock"), host.settings()?.lock())?;
+        let record_path = path.join("sr.json");
+        mend::keep_aside(&record_path)?;
+        record::write(&record_path, &record, Durability::Durable)?;
+        Self::open(path)
     }
 
     /// Whether an attached SR was destroyed by a call that has not forgotten it yet, and may never do so.

@@ -350,6 +350,12 @@ impl Tree {
         pending || past || self.children(id).next().is_some()
     }
 
+    /// Tells whether a volume is on a node, or writes what is thrown away to it.
+    pub fn is_named(&self, id: NodeId) -> bool {
+        self.volumes.values().any(|volume| volume.node == id)
+            || self.scratch.values().any(|scratch| scratch.node == Some(id))
+    }
+
     /// Tells whether a node's file is needed: a volume's data is in it, or another file lies on it or is about to.
     pub fn has_needed_data(&self, id: NodeId) -> bool {
         let pending = match &self.intent {

@@ -1,0 +1,112 @@
+//! Trees as text.
+
+use std::fmt::Write;
+
+use plugin::id::{NodeId, Shortened};
+use plugin::store::Mode;
+
+use super::model::{Node, Picture, Tree, Volume};
+
+/// Draws an SR's trees.
+pub fn draw(picture: &Picture) -> String {
+    let mut text = format!("SR {} {:?} at {}\n", picture.sr, Shortened(&picture.name), picture.path);
+    for tree in &picture.trees {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "\ntree {}", tree.tree);
+        if let Some(problem) = &tree.problem {
+            let _ = writeln!(text, "  ({problem})");
+        }
+        if let Some(unfinished) = &tree.unfinished {
+            let _ = writeln!(text, "  begun and not ended: {unfinished}");
+        }
+        let roots: Vec<&Node> = tree.nodes.iter().filter(|node| node.parent.is_none()).collect();
+        for root in roots {
+            let _ = writeln!(text, "  {}", line(root));
+            branches(&mut text, tree, root.node, "  ");
+        }
+        for volume in &tree.destroyed {
+            let _ = writeln!(text, "  {}: its data was destroyed", title(volume));
+        }
+    }
+    text
+}
+
+/// Draws what lies on a node.
+fn branches(text: &mut String, tree: &Tree, parent: NodeId, indent: &str) {
+    let children: Vec<&Node> = tree.nodes.iter().filter(|node| node.parent == Some(parent)).collect();
+    for (at, child) in children.iter().enumerate() {
+        let is_last = at + 1 == children.len();
+        let _ = writeln!(text, "{indent}{} {}", if is_last { "└─" } else { "├─" }, line(child));
+        branches(text, tree, child.node, &format!("{indent}{}", if is_last { "   " } else { "│  " }));
+    }
+}
+
+/// Describes a node.
+fn line(node: &Node) -> String {
+    let what = match (&node.volume, &node.scratch_of) {
+        (Some(volume), _) => title(volume),
+        (None, Some(key)) => format!("what is written to {key} and thrown away"),
+        (None, None) => "hidden".to_owned(),
+    };
+    let (size, physical) = (bytes(node.virtual_size), bytes(node.physical_size));
+    let mut line = format!("{what}  node {}  {size}, {physical} on disk", node.node);
+    for remark in node.volume.iter().flat_map(remarks) {
+        let _ = write!(line, "  {remark}");
+    }
+    if let Some(problem) = &node.problem {
+        let _ = write!(line, "  ({problem})");
+    }
+    line
+}
+
+/// Gives a volume's name and uuid.
+fn title(volume: &Volume) -> String {
+    format!("{:?} {}", Shortened(&volume.name), volume.volume)
+}
+
+/// Gives what there is to say of a volume.
+pub(super) fn remarks(volume: &Volume) -> Vec<String> {
+    let mut remarks = Vec::new();
+    for active in &volume.active {
+        let mode = match active.mode {
+            Mode::ReadOnly => "ro",
+            Mode::ReadWrite => "rw",
+        };
+        let host = if active.here { "this host".to_owned() } else { format!("host {}", active.host) };
+        remarks.push(format!("active {mode} on {host}"));
+    }
+    if !volume.domains.is_empty() {
+        let domains: Vec<&str> = volume.domains.iter().map(|domain| domain.domain.as_str()).collect();
+        remarks.push(format!("domains {}", domains.join(", ")));
+    }
+    remarks.extend(volume.mirrors.iter().map(|mirror| format!("mirrored: {:.1} %", mirror.done * 100.0)));
+    remarks.extend(volume.cbt.then(|| "changed blocks tracked".to_owned()));
+    remarks.extend(volume.scratch.then(|| "writes are thrown away".to_owned()));
+    remarks
+}
+
+/// Writes a number of bytes for people.
+pub(super) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = count as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if count < 1024 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_written_in_the_unit_that_fits() {
+        for (count, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB"), (1 << 62, "4096.0 PiB")]
+        {
+            assert_eq!(bytes(count), text);
+        }
+    }
+}
