@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the two plugins where xapi-storage-script looks for them, or removes them.
+# Installs the two plugins where xapi-storage-script looks for them and the administrator's program, or removes them.
 #
 #   [DESTDIR=…] [PREFIX=/usr] [BUILD=target/release] packaging/install.sh [--uninstall]
 #
@@ -99,9 +99,15 @@ prefix=${PREFIX:-/usr}
 case $prefix in /*) ;; *) die "PREFIX is not an absolute path: $prefix" ;; esac
 base=${DESTDIR:-}$prefix/libexec/xapi-storage-script
 case $base in /*) ;; *) base=$PWD/$base ;; esac
+program=${DESTDIR:-}$prefix/sbin/xapi-storage-qcow2
+case $program in /*) ;; *) program=$PWD/$program ;; esac
 volume=$base/volume/org.xen.xapi.storage.qcow2
 datapath=$base/datapath/qsd
 
+if $uninstall && [ -e "$program" ]; then
+    rm -f -- "$program"
+    printf 'removed %s\n' "$program"
+fi
 if $uninstall && [ ! -d "$base" ]; then
     exit 0
 fi
@@ -137,8 +143,18 @@ for root in "$base/volume" "$base/datapath"; do
 done
 make_plugin "$build/xapi-storage-qcow2-datapath" "$stage/datapath"
 make_plugin "$build/xapi-storage-qcow2-volume" "$stage/volume"
+[ -x "$build/xapi-storage-qcow2" ] || die "$build/xapi-storage-qcow2 is missing: run 'cargo build --release' first, or set BUILD"
+mkdir -p -- "${program%/*}"
+cp -- "$build/xapi-storage-qcow2" "$program.new"
+chmod 0755 -- "$program.new"
+if [ "$(id -u)" -eq 0 ]; then
+    chown 0:0 -- "$program.new"
+fi
 # The files have to be on the disk before their names are.
 sync -f "$stage" 2>/dev/null || sync
+# A program that runs keeps the file that it was started from.
+mv --no-target-directory -- "$program.new" "$program"
+printf 'installed %s\n' "$program"
 # The datapath first: the volume plugin names it in the URIs it gives.
 put "$stage/datapath" "$datapath"
 put "$stage/volume" "$volume"

@@ -119,6 +119,20 @@ fn what_is_installed_can_be_run_by_all_and_changed_by_its_owner_only() {
 }
 
 #[test]
+fn the_administrators_program_comes_and_goes_with_the_plugins() {
+    let stage = Stage::new();
+    let program = stage.destination.join("usr/sbin/xapi-storage-qcow2");
+    for _ in 0..2 {
+        stage.run(&[]);
+        assert_eq!(fs::metadata(&program).unwrap().permissions().mode() & 0o7777, 0o755);
+        assert_eq!(fs::read_dir(program.parent().unwrap()).unwrap().count(), 1);
+    }
+    succeeded(&Command::new(&program).arg("--help").output().unwrap());
+    stage.run(&["--uninstall"]);
+    assert!(!program.exists());
+}
+
+#[test]
 fn a_link_answers_as_its_method() {
     let stage = Stage::new();
     stage.run(&[]);
