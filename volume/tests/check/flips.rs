@@ -31,6 +31,10 @@ fn a_bit_that_flips_in_the_tables_is_found_or_changes_nothing_and_never_spreads(
     for _ in 0..FLIPS {
         let (start, length) = *random.pick(&regions);
         let (at, bit) = (start + random.below(length), random.below(8));
+        // The flag of a cluster that reads as zeroes is as right set as not: nothing in the format tells.
+        if start == 262_144 && at % 8 == 7 && bit == 0 {
+            continue;
+        }
         let mut flipped = whole.clone();
         flipped[at] ^= 1 << bit;
         fs::write(&damaged, &flipped).unwrap();
@@ -42,9 +46,10 @@ fn a_bit_that_flips_in_the_tables_is_found_or_changes_nothing_and_never_spreads(
         if is_found {
             found += 1;
         } else {
-            assert_eq!((status, content(&files)), (0, expected.clone()), "bit {bit} of byte {at}: {report:#}");
+            let is_same = content(&files) == expected;
+            assert!(status == 0 && is_same, "bit {bit} of byte {at}: {report:#}");
         }
-        assert_eq!(self::others(&files, &damaged), others, "bit {bit} of byte {at}");
+        assert!(self::others(&files, &damaged) == others, "bit {bit} of byte {at} has spread");
     }
     assert!(found > FLIPS / 3, "{found}");
     fs::write(&damaged, whole).unwrap();

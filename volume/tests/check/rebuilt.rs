@@ -74,7 +74,7 @@ fn without_a_copy_a_torn_record_gives_what_it_still_tells_and_the_rest_gets_volu
     let kept = |name: &&String| name.starts_with("tree.json.damaged");
     assert_eq!(crate::support::names(&tree).iter().filter(kept).count(), 4);
     fs::write(tree.join("tree.json"), &whole).unwrap();
-    assert_eq!(Copy { path: bench.path.clone() }.content(), files);
+    assert!(Copy { path: bench.path.clone() }.content() == files);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn a_copy_that_is_one_operation_behind_still_finds_what_each_volume_reads() {
         for (key, chain) in &before {
             // An overlay that was never written to reads as what it lies on.
             let reads = |chain: &Vec<Vec<u8>>| chain.iter().find(|file| has_data(file)).cloned();
-            assert_eq!(reads(&after[key]), reads(chain), "{name}: volume {key}");
+            assert!(reads(&after[key]) == reads(chain), "{name}: volume {key}");
         }
     }
 }
