@@ -24,6 +24,9 @@ use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::record;
 
+/// The files of a tree beside its nodes'.
+const OWN_FILES: [&str; 5] = ["tree.json", "lock", "spare", "merge", "merge.stop"];
+
 /// How long the removal of a directory may rest.
 const MOMENT: Duration = Duration::from_millis(200);
 
@@ -286,7 +289,7 @@ fn examine_intent(loaded: &LoadedTree, record: &Path, findings: &mut Vec<Finding
     let kind = match intent {
         Intent::Switch(_) => "a snapshot or clone of an active volume",
         Intent::Resize { .. } => "a resize",
-        Intent::Compose { .. } => "a compose",
+        _ => "a change of nodes",
     };
     let of = intent.volume().map_or_else(String::new, |volume| format!(" of volume {volume}"));
     let what = format!("{kind}{of} was begun and not ended");
@@ -342,7 +345,7 @@ fn examine_files(tree: &Tree, directory: &Path, findings: &mut Vec<Finding>) -> 
         let is_garbage = node.is_some_and(|id| !nodes.contains(&id))
             || past.is_some_and(|id| !tree.history.contains_key(&id))
             || name.starts_with(record::TEMPORARY);
-        let is_own = node.is_some() || past.is_some() || ["tree.json", "lock", "spare"].contains(&name.as_str());
+        let is_own = node.is_some() || past.is_some() || OWN_FILES.contains(&name.as_str());
         if is_garbage {
             findings.push(Finding::repairable(Severity::Note, &path, "a file that no record names", "removed"));
         } else if !is_own {
