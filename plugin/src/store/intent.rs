@@ -10,9 +10,11 @@
 //! An overlay that was never written to reads as what it lies on, so that rolling forward is right whenever the
 //! daemon is gone; while it runs, it is asked.
 
+use std::collections::BTreeMap;
+
 use super::header::Header;
 use super::locked::LockedTree;
-use super::tree::{Change, Intent, Mode};
+use super::tree::{Change, Intent, Mode, Tree};
 use super::{content, plan};
 use crate::attachment::Attachment;
 use crate::error::{Error, Result};
@@ -65,12 +67,26 @@ impl LockedTree {
                 Ok(outcome)
             }),
         };
+        if ended.is_err() {
+            self.withhold_volumes();
+        }
         match (switched, ended) {
             (_, Ok(Outcome::Done)) => Ok(()),
             (Err(first), Ok(Outcome::Undone)) => Err(first),
             (Err(first), Err(undo)) => Err(first.undone(Err(undo))),
             (Ok(_), Ok(Outcome::Undone)) => Err(Error::Internal("a switch that was made was undone".to_owned())),
             (Ok(_), Err(error)) => Err(error),
+        }
+    }
+
+    /// Takes the volumes out of a switch that could not be ended. The caller is told that there is no snapshot, and so
+    /// whoever ends the switch is not to make one.
+    fn withhold_volumes(&mut self) {
+        let Some(Intent::Switch(change)) = self.tree.intent.clone() else { return };
+        let withheld = Change { volumes: BTreeMap::new(), ..change.clone() };
+        match self.commit(Tree { intent: Some(Intent::Switch(withheld)), ..self.tree.clone() }) {
+            Ok(()) => self.sweep(change.volumes.into_keys()),
+            Err(error) => tracing::warn!(error = error.chain(), "a snapshot that failed may be listed later"),
         }
     }
 
