@@ -90,7 +90,21 @@ fn shorten(text: &str) -> String {
 pub fn main(methods: &[Method]) -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     start_log(LevelFilter::WARN);
-    run(methods, &arguments, &Host::from_environment(), &mut std::io::stdin().lock(), &mut std::io::stdout().lock())
+    run(methods, &arguments, &Host::from_environment(), &mut std::io::stdin().lock(), &mut StandardOutput)
+}
+
+/// Standard output without a buffer of its own. What the standard library's could not write it writes at the end of the
+/// process, and there would be an answer beside the exit status of a failure.
+struct StandardOutput;
+
+impl Write for StandardOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(rustix::stdio::stdout(), bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Starts logging to standard error, which xapi-storage-script shows only with a failure. [`LOG_VARIABLE`] chooses
@@ -127,6 +141,10 @@ pub fn run(
         Ok(Answer(encode)) => {
             let mut output = BufWriter::new(stdout);
             let encoded = encode(&mut output).map_err(io::Error::from).and_then(|()| output.flush());
+            if encoded.is_err() {
+                // Dropped, it would try once more.
+                drop(output.into_parts());
+            }
             ended(encoded, ExitCode::SUCCESS)
         }
         Err(error) => {
