@@ -1,0 +1,296 @@
+//! A host with an SR in memory, and its scripts run as they are or with a fault at one of their system calls.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+/// System calls that change what is on disk or start something; and those that may fail for want of space, or with an
+/// error of the disk.
+const CHANGING: [&str; 18] = [
+    "fsync",
+    "fdatasync",
+    "rename",
+    "renameat",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "symlink",
+    "symlinkat",
+    "mkdir",
+    "mkdirat",
+    "link",
+    "linkat",
+    "ftruncate",
+    "fallocate",
+    "write",
+    "pwrite64",
+];
+/// System calls at which a call is killed only: locks, starts, and what is said to a daemon.
+const OTHERS: [&str; 7] = ["flock", "clone3", "vfork", "connect", "sendto", "sendmsg", "recvfrom"];
+
+/// What strikes a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Strike {
+    /// Something happens at the n-th of a system call.
+    Call {
+        /// The system call.
+        name: String,
+        /// Which of them, from 1.
+        nth: usize,
+        /// What happens, in strace's words: `signal=KILL`, `error=EIO`, `error=ENOSPC`.
+        how: String,
+    },
+    /// The storage daemon is killed behind a write that was flushed.
+    Daemon,
+}
+
+impl fmt::Display for Strike {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Call { name, nth, how } => write!(f, "{name}:{nth}:{how}"),
+            Self::Daemon => f.write_str("daemon"),
+        }
+    }
+}
+
+impl std::str::FromStr for Strike {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "daemon" {
+            return Ok(Self::Daemon);
+        }
+        let [name, nth, how] = <[&str; 3]>::try_from(text.splitn(3, ':').collect::<Vec<_>>())
+            .map_err(|_| anyhow::anyhow!("{text} is no strike"))?;
+        Ok(Self::Call { name: name.to_owned(), nth: nth.parse()?, how: how.to_owned() })
+    }
+}
+
+/// What came of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// There was no answer.
+    Killed,
+    /// It succeeded.
+    Done,
+    /// It failed, with this code.
+    Refused(String),
+}
+
+/// A host and its SR. Nothing of it is left when this is dropped.
+pub struct Site {
+    root: PathBuf,
+    /// The SR's directory.
+    pub path: PathBuf,
+    /// The SR's uuid.
+    pub sr: String,
+    _directory: TempDir,
+}
+
+impl Site {
+    /// Makes a host, with a new SR or a copy of another's.
+    pub fn new(like: Option<&Self>) -> Result<Self> {
+        let memory = Path::new("/dev/shm");
+        let place = if memory.is_dir() { memory } else { Path::new("/tmp") };
+        let directory = tempfile::Builder::new().prefix("st-").tempdir_in(place)?;
+        let (root, path) = (directory.path().join("h"), directory.path().join("sr"));
+        fs::create_dir_all(root.join("etc"))?;
+        fs::create_dir(&path)?;
+        fs::write(root.join("etc/xensource-inventory"), format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4()))?;
+        let uuid = like.map_or_else(|| Uuid::new_v4().to_string(), |like| like.sr.clone());
+        let site = Self { root, path, sr: uuid, _directory: directory };
+        if let Some(like) = like {
+            let copied = Command::new("cp")
+                .args(["-a", "--sparse=always"])
+                .arg(like.path.join("."))
+                .arg(&site.path)
+                .status()?;
+            ensure!(copied.success(), "the SR cannot be copied");
+            site.attach()?;
+            return Ok(site);
+        }
+        let configuration = json!({"uri": format!("file://{}", site.path.display())});
+        let request =
+            json!({"dbg": "", "uuid": site.sr, "configuration": configuration, "name": "", "description": ""});
+        site.call("SR.create", &request)?;
+        site.attach()?;
+        Ok(site)
+    }
+
+    /// SR.attach, which finishes what killed calls have begun and removes what they have left.
+    pub fn attach(&self) -> Result<()> {
+        let configuration = json!({"uri": format!("file://{}", self.path.display())});
+        self.call("SR.attach", &json!({"dbg": "", "configuration": configuration})).map(drop)
+    }
+
+    /// Makes a call that is to succeed.
+    pub fn call(&self, method: &str, request: &Value) -> Result<Value> {
+        let output = self.run(&[], method, request)?;
+        ensure!(output.status.success(), "{method} {request}: {output:?}");
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// Makes a call that may be refused.
+    pub fn outcome(&self, method: &str, request: &Value) -> Result<Outcome> {
+        judged(&self.run(&[], method, request)?)
+    }
+
+    /// Makes a call with a fault at one of its system calls.
+    pub fn struck(&self, method: &str, request: &Value, strike: &Strike) -> Result<Outcome> {
+        let Strike::Call { name, nth, how } = strike else { bail!("{strike} is not for a call") };
+        // Only the script itself: a qemu-img or daemon that it has started lives on, as it does in earnest.
+        let inject = format!("inject={name}:{how}:when={nth}");
+        judged(&self.run(&["strace", "-qq", "-o", "/dev/null", "-e", &inject], method, request)?)
+    }
+
+    /// Makes a call, and gives what could have struck it.
+    pub fn traced(&self, method: &str, request: &Value) -> Result<(Outcome, Vec<Strike>)> {
+        let log = self.root.join("trace");
+        let traced = format!("trace={},{}", CHANGING.join(","), OTHERS.join(","));
+        let log_path = log.to_str().context("a path")?;
+        let output = self.run(&["strace", "-qq", "-o", log_path, "-e", &traced], method, request)?;
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        for line in fs::read_to_string(&log)?.lines() {
+            if let Some((name, _)) = line.split_once('(') {
+                *counts.entry(name.to_owned()).or_default() += 1;
+            }
+        }
+        let mut strikes = Vec::new();
+        for (name, count) in counts {
+            let hows: &[&str] = if CHANGING.contains(&name.as_str()) {
+                &["signal=KILL", "error=EIO", "error=ENOSPC"]
+            } else {
+                &["signal=KILL"]
+            };
+            for nth in 1..=count {
+                let strike = |how: &&str| Strike::Call { name: name.clone(), nth, how: (*how).to_owned() };
+                strikes.extend(hows.iter().map(strike));
+            }
+        }
+        ensure!(!strikes.is_empty(), "{method} changes nothing, or cannot be traced: {output:?}");
+        Ok((judged(&output)?, strikes))
+    }
+
+    fn run(&self, tracer: &[&str], method: &str, request: &Value) -> Result<Output> {
+        let kind = if method.starts_with("Datapath") { "datapath" } else { "volume" };
+        let directory = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().context("no directory")?;
+        let script = directory.join(format!("xapi-storage-qcow2-{kind}"));
+        let script = script.to_str().context("a path")?;
+        let words: Vec<&str> = tracer.iter().copied().chain([script, method, "--json"]).collect();
+        let mut child = Command::new(words[0])
+            .args(&words[1..])
+            .env("XAPI_STORAGE_QCOW2_ROOT", &self.root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| words[0].to_owned())?;
+        // One that was killed at once does not read it.
+        let _ = child.stdin.take().context("no stdin")?.write_all(request.to_string().as_bytes());
+        Ok(child.wait_with_output()?)
+    }
+
+    /// Where a volume's export is served.
+    pub fn socket(&self, volume: &str) -> PathBuf {
+        self.root.join("run/xapi-storage-qcow2/volumes").join(volume).join("nbd.sock")
+    }
+
+    /// Runs qemu-io on a volume's export.
+    pub fn io(&self, volume: &str, commands: &[String]) -> Result<()> {
+        let mut io = Command::new("qemu-io");
+        io.args(["-f", "raw"]);
+        for command in commands {
+            io.args(["-c", command]);
+        }
+        let uri = format!("nbd+unix:///{volume}?socket={}", self.socket(volume).display());
+        let output = io.arg(uri).stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.success() && !said.contains("failed"), "{commands:?}: {output:?}");
+        Ok(())
+    }
+
+    /// Lists the processes whose command line names this host.
+    pub fn processes(&self) -> Vec<(i32, String)> {
+        let place = self.root.parent().unwrap_or(&self.root).display().to_string();
+        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let commands = pids.filter_map(|pid: i32| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            Some((pid, String::from_utf8_lossy(&command).replace('\0', " ")))
+        });
+        commands.filter(|(_, command)| command.contains(&place)).collect()
+    }
+
+    /// Kills a volume's storage daemons, and waits until they are gone; gives how many there were.
+    pub fn kill_daemons(&self, volume: &str) -> usize {
+        let ours = || self.processes().into_iter().filter(|(_, command)| command.contains(volume));
+        let killed = ours()
+            .filter(|(pid, _)| kill_process(Pid::from_raw(*pid).expect("a process"), Signal::KILL).is_ok())
+            .count();
+        while ours().next().is_some() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        killed
+    }
+
+    /// Waits until no qemu-img of a call that was killed is at work.
+    pub fn wait_for_orphans(&self) {
+        while self.processes().iter().any(|(_, command)| command.contains("qemu-img")) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Checks that no process is left, nor anything in the host's runtime directory but what tells of the SR.
+    pub fn nothing_is_left(&self) -> Result<()> {
+        // A daemon that was told to quit is gone a moment later.
+        let until = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < until && !self.processes().is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        ensure!(self.processes().is_empty(), "left running: {:?}", self.processes());
+        for directory in ["volumes", "mirrors"] {
+            let path = self.root.join("run/xapi-storage-qcow2").join(directory);
+            let left: Vec<_> =
+                fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+            ensure!(left.is_empty(), "left over: {left:?}");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for (pid, _) in self.processes() {
+            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+        }
+    }
+}
+
+/// Reads a script's answer as strictly as its caller.
+fn judged(output: &Output) -> Result<Outcome> {
+    if output.status.code().is_none() {
+        return Ok(Outcome::Killed);
+    }
+    let Ok(answer) = serde_json::from_slice::<Value>(&output.stdout) else {
+        // It was the answer that could not be written.
+        ensure!(!output.status.success(), "a success without an answer: {output:?}");
+        return Ok(Outcome::Killed);
+    };
+    if output.status.success() {
+        return Ok(Outcome::Done);
+    }
+    let code = answer["code"].as_str().with_context(|| format!("no error: {answer}"))?;
+    ensure!(answer["params"].is_array() && answer["backtrace"].is_object(), "no error: {answer}");
+    Ok(Outcome::Refused(code.to_owned()))
+}
