@@ -109,7 +109,7 @@ fn struck(small: &World, history: &[Operation], last: Operation, strike: &Strike
     } else {
         // The caller has had no answer, or a wrong one, and asks again.
         world.model = if is_after { wanted } else { before };
-        world.repeat(last, history.len(), is_after).with_context(|| format!("again, after {outcome:?}"))?;
+        world.repeat(last, history.len(), is_after, &outcome).with_context(|| format!("again, after {outcome:?}"))?;
     }
     world.end()
 }

@@ -60,7 +60,7 @@ impl World {
         let mut world =
             Self { site: Site::new(Some(&small.site))?, model: small.model.clone(), keys: small.keys.clone() };
         for (place, operation) in history.iter().enumerate() {
-            world.perform(*operation, place).with_context(|| format!("{operation:?} in the history"))?;
+            world.perform(*operation, place, None).with_context(|| format!("{operation:?} in the history"))?;
         }
         Ok(world)
     }
@@ -140,7 +140,7 @@ impl World {
     }
 
     /// Carries out an operation undisturbed.
-    fn perform(&mut self, operation: Operation, place: usize) -> Result<()> {
+    fn perform(&mut self, operation: Operation, place: usize, late: Option<Disk>) -> Result<()> {
         if operation == Operation::Write {
             if let Some((after, block, byte)) = self.written(place)? {
                 self.fill("v", &[(block, byte)])?;
@@ -159,7 +159,7 @@ impl World {
                     self.path("detach", "v", GUEST)?;
                 }
                 self.model = after;
-                self.name_new()
+                self.name_new(late)
             }
             (Outcome::Refused(_), None) => Ok(()),
             (outcome, after) => bail!("{method} {request}: {outcome:?}, to be {after:?}"),
@@ -228,12 +228,17 @@ impl World {
         Ok(found)
     }
 
-    /// Gives a key to each volume of the model that has none: those that are listed and have no name yet.
-    fn name_new(&mut self) -> Result<()> {
+    /// Gives a key to each volume of the model that has none: those that are listed and have no name yet. There may be
+    /// one more, `late`, of a call that was killed and then finished by the next.
+    fn name_new(&mut self, late: Option<Disk>) -> Result<()> {
         let mut unknown: Vec<String> = self.listed()?.into_keys().collect();
         unknown.retain(|key| !self.keys.values().any(|known| known == key));
         let unnamed: Vec<String> =
             self.model.volumes.keys().filter(|name| !self.keys.contains_key(*name)).cloned().collect();
+        if let Some(late) = late.filter(|_| unknown.len() == unnamed.len() + 1) {
+            self.keys.insert("late".to_owned(), unknown.remove(0));
+            self.model.volumes.insert("late".to_owned(), late);
+        }
         ensure!(unknown.len() == unnamed.len(), "new are {unknown:?}, to be called {unnamed:?}");
         self.keys.extend(unnamed.into_iter().zip(unknown));
         Ok(())
@@ -262,8 +267,9 @@ impl World {
         }
     }
 
-    /// Asks for an operation again, undisturbed, and takes note of what there is then.
-    pub fn repeat(&mut self, operation: Operation, place: usize, was_done: bool) -> Result<()> {
+    /// Asks for an operation again, undisturbed, and takes note of what there is then. The same request finishes what was
+    /// begun, if that was killed.
+    pub fn repeat(&mut self, operation: Operation, place: usize, was_done: bool, outcome: &Outcome) -> Result<()> {
         // What was done already is not done once more, but for what makes a volume each time.
         if was_done && !operation.adds() {
             let (method, request) = self.request_again(operation);
@@ -273,8 +279,11 @@ impl World {
             ensure!(outcome == Outcome::Done || (is_refused && may_be), "{method} {request}: {outcome:?}");
             return Ok(());
         }
-        self.name_new()?;
-        self.perform(operation, if was_done { place + 1 } else { place })
+        self.name_new(None)?;
+        let is_unsure = *outcome == Outcome::Killed && operation.adds();
+        let made =
+            operation.effect(&self.model, place).and_then(|after| after.volumes.get(&format!("new{place}")).cloned());
+        self.perform(operation, if was_done { place + 1 } else { place }, made.filter(|_| is_unsure))
     }
 
     /// Gives the same request once more: a resize names the size that the volume has by now.
@@ -294,7 +303,7 @@ impl World {
         }
         self.model.active = false;
         self.site.attach().context("SR.attach at the end")?;
-        self.name_new()?;
+        self.name_new(None)?;
         let listed = self.listed()?;
         ensure!(listed.len() == self.model.volumes.len(), "listed are {listed:?}, to be {:?}", self.model);
         let sr = Sr::read(&self.site.path)?;
