@@ -211,6 +211,13 @@ async fn make_ready(
 fn ended(directory: &Path) -> Error {
     let log = fs::read(directory.join(LOG)).unwrap_or_default();
     let text = String::from_utf8_lossy(&log[log.len().saturating_sub(QUOTED)..]).trim().to_owned();
+    // On a full file system it can neither write its files nor say so.
+    if text.is_empty() && rustix::fs::statvfs(directory).is_ok_and(|space| space.f_bavail == 0) {
+        return Error::NoSpace {
+            doing: format!("starting the storage daemon in {}", directory.display()),
+            source: None,
+        };
+    }
     let reason = if text.is_empty() { "it ended at once".to_owned() } else { text };
     Error::Qemu { doing: "starting the storage daemon".to_owned(), reason }
 }
