@@ -413,3 +413,36 @@ fn on_a_full_file_system_every_call_fails_cleanly_and_destroy_works() {
     assert_eq!(bench.keys(), Vec::<String>::new());
     bench.check();
 }
+
+#[test]
+fn keys_that_tell_of_snapshots_that_are_none_change_nothing() {
+    let bench = Bench::new();
+    let volume = bench.create(MIB);
+    let snapshot = bench.snapshot(&volume);
+    let nobody = uuid::Uuid::new_v4().to_string();
+    // Of itself, of each other, of nobody, of no volume at all: parentage is the plugin's own.
+    for (of_volume, of_snapshot) in [
+        (&volume, &snapshot),
+        (&snapshot, &volume),
+        (&nobody, &nobody),
+        (&volume, &volume),
+        (&String::new(), &"../x".into()),
+    ] {
+        for (key, of) in [(&volume, of_volume), (&snapshot, of_snapshot)] {
+            bench.call("Volume.set", json!({"key": key, "k": "snapshot_of", "v": of}));
+            bench.call("Volume.set", json!({"key": key, "k": "is_a_snapshot", "v": "true"}));
+        }
+        let second = bench.snapshot(&volume);
+        let clone = bench.clone_of(&snapshot);
+        bench.call("Volume.revert", json!({"key": volume, "snapshot": second}));
+        bench.destroy(&second);
+        bench.destroy(&clone);
+        let mut expected = vec![volume.clone(), snapshot.clone()];
+        expected.sort();
+        assert_eq!(bench.keys(), expected);
+    }
+    bench.destroy(&volume);
+    assert_eq!(bench.keys(), std::slice::from_ref(&snapshot));
+    bench.destroy(&snapshot);
+    bench.check();
+}

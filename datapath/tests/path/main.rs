@@ -6,6 +6,7 @@ mod calls;
 mod costs;
 mod hosts;
 mod import;
+mod nonsense;
 mod rough;
 mod scene;
 mod scratch;

@@ -103,3 +103,83 @@ fn no_process_keeps_a_pipe_or_a_control_terminal_of_the_caller() {
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
     assert_eq!(fields[4], "0", "the control terminal");
 }
+
+/// A file system in memory over a host's /run, which is full; it is unmounted when dropped.
+struct Full<'a>(&'a Scene);
+
+impl<'a> Full<'a> {
+    /// `None` without the right to mount.
+    fn over(scene: &'a Scene) -> Option<Self> {
+        let run = scene.host.root().join("run");
+        let kept = scene.host.root().join("kept");
+        let succeeds = |program: &str, arguments: &[&std::ffi::OsStr]| {
+            Command::new(program).args(arguments).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+        };
+        assert!(succeeds("cp", &["-a".as_ref(), run.as_ref(), kept.as_ref()]));
+        let options: [&std::ffi::OsStr; 5] =
+            ["-t".as_ref(), "tmpfs".as_ref(), "-osize=256k,mode=700".as_ref(), "tmpfs".as_ref(), run.as_ref()];
+        let mounted = succeeds("mount", &options).then(|| Self(scene))?;
+        assert!(succeeds("cp", &["-a".as_ref(), kept.join(".").as_ref(), run.as_ref()]));
+        Some(mounted)
+    }
+
+    fn filler(&self) -> std::path::PathBuf {
+        self.0.host.root().join("run/filler")
+    }
+
+    /// Takes all the space that there is.
+    fn fill(&self) {
+        let mut file = std::fs::File::create(self.filler()).unwrap();
+        while std::io::Write::write_all(&mut file, &[0; 512]).is_ok() {}
+    }
+
+    /// Gives it back.
+    fn free(&self) {
+        std::fs::remove_file(self.filler()).unwrap();
+    }
+}
+
+impl Drop for Full<'_> {
+    fn drop(&mut self) {
+        let run = self.0.host.root().join("run");
+        let _ = Command::new("umount").arg("-l").arg(run).status();
+    }
+}
+
+#[test]
+fn a_full_run_directory_makes_clear_errors_and_nothing_worse() {
+    let scene = Scene::new();
+    let Some(full) = Full::over(&scene) else {
+        return eprintln!("skipped: no right to mount");
+    };
+    full.fill();
+    let failure = scene.try_call("Datapath.attach", "7").unwrap_err();
+    assert_eq!(failure.code, "SR_BACKEND_FAILURE_44", "{failure:?}");
+    assert!(scene.processes().is_empty());
+    full.free();
+    scene.call("Datapath.attach", "7");
+    full.fill();
+    // Told what it is to do it says that it cannot, or does it.
+    if let Err(failure) = scene.try_call("Datapath.activate", "7") {
+        assert_eq!(failure.code, "SR_BACKEND_FAILURE_44", "{failure:?}");
+        full.free();
+        scene.call("Datapath.activate", "7");
+        full.fill();
+    }
+    assert!(scene.io("write -f -P 1 0 64k"));
+    for method in ["Datapath.deactivate", "Datapath.detach"] {
+        if let Err(failure) = scene.try_call(method, "7") {
+            assert_eq!(failure.code, "SR_BACKEND_FAILURE_44", "{method}: {failure:?}");
+            full.free();
+            scene.call(method, "7");
+            full.fill();
+        }
+    }
+    scene.assert_nothing_left();
+    full.free();
+    scene.call("Datapath.attach", "7");
+    scene.call("Datapath.activate", "7");
+    assert!(scene.io("read -P 1 0 64k"));
+    scene.call("Datapath.detach", "7");
+    scene.assert_nothing_left();
+}

@@ -13,6 +13,9 @@ struct Rules {
     cut_after: Option<u64>,
     stall_after: Option<u64>,
     bytes_per_second: Option<u64>,
+    /// The byte on its way back that arrives wrong, and how many have passed.
+    wrong: Option<u64>,
+    back: u64,
     passed: u64,
     closed: bool,
     streams: Vec<UnixStream>,
@@ -37,12 +40,12 @@ impl Link {
                     return;
                 }
                 let Ok(far) = UnixStream::connect(&target) else { continue };
-                for (from, to) in [(&near, &far), (&far, &near)] {
+                for (from, to, is_back) in [(&near, &far, false), (&far, &near, true)] {
                     let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
                     rules.0.lock().unwrap().streams.push(from.try_clone().unwrap());
                     let rules = Arc::clone(&rules);
                     std::thread::spawn(move || {
-                        let _ = pass(&from, &to, &rules);
+                        let _ = pass(&from, &to, &rules, is_back);
                         let _ = to.shutdown(Shutdown::Write);
                     });
                 }
@@ -63,6 +66,12 @@ impl Link {
     /// Passes nothing on any more once this many bytes have passed in either direction, and stays connected.
     pub fn stall_after(&self, bytes: u64) {
         self.rules.0.lock().unwrap().stall_after = Some(bytes);
+    }
+
+    /// Turns over the bits of one byte of what the server says, counted from 0.
+    #[allow(dead_code, reason = "not every test that has a link does this")]
+    pub fn spoil(&self, byte: u64) {
+        self.rules.0.lock().unwrap().wrong = Some(byte);
     }
 
     #[allow(dead_code, reason = "not every test that has a link does this")]
@@ -97,7 +106,12 @@ impl Drop for Link {
 }
 
 /// Passes one direction's bytes on as the rules say.
-fn pass(mut from: &UnixStream, mut to: &UnixStream, rules: &(Mutex<Rules>, Condvar)) -> io::Result<()> {
+fn pass(
+    mut from: &UnixStream,
+    mut to: &UnixStream,
+    rules: &(Mutex<Rules>, Condvar),
+    is_back: bool,
+) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let mut length = from.read(&mut buffer)?;
@@ -110,6 +124,13 @@ fn pass(mut from: &UnixStream, mut to: &UnixStream, rules: &(Mutex<Rules>, Condv
         }
         if let Some(limit) = held.stall_after {
             length = length.min(usize::try_from(limit.saturating_sub(held.passed)).unwrap());
+        }
+        if is_back {
+            let place = held.wrong.and_then(|byte| usize::try_from(byte.checked_sub(held.back)?).ok());
+            if let Some(byte) = place.and_then(|place| buffer[..length].get_mut(place)) {
+                *byte ^= 0xff;
+            }
+            held.back += length as u64;
         }
         held.passed += length as u64;
         let (cut, stall, speed) = (

@@ -227,6 +227,26 @@ fn a_connection_cut_at_any_stage_fails_the_mirror_and_nothing_else() {
 }
 
 #[test]
+fn a_server_that_says_anything_wrong_is_never_believed_to_have_everything() {
+    // The greeting, what it says of the export to the supervisor and to QEMU, and answers to writes.
+    for byte in [0, 9, 17, 21, 33, 38, 60, 90, 130, 170, 210, 300, 500] {
+        let mut scene = Scene::new(r#"{"peer_silence_seconds": 2, "handshake_seconds": 2}"#);
+        scene.link.spoil(byte);
+        let key = scene.mirror(false);
+        let record = scene.wait_for(key, &[Phase::Failed, Phase::Finished]);
+        scene.assert_source_serves();
+        // What no one reads may be wrong.
+        if record.phase == Phase::Finished {
+            scene.destination.stop();
+            scene.source.stop();
+            daemon::io(&scene.dir.path().join("destination.qcow2"), &["read -P 0x5a 0 20M", "read -P 0x77 30M 1M"]);
+        } else {
+            assert!(record.reason.is_some(), "{byte}");
+        }
+    }
+}
+
+#[test]
 fn a_connection_cut_when_the_mirror_was_complete_fails_it_and_must_be_told() {
     let mut scene = Scene::new("{}");
     let key = scene.mirror(true);
