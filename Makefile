@@ -42,6 +42,8 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_PLANS=9 \
 		$(CARGO) test --package fake-xapi --test migration random
+	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_STEPS=40 \
+		$(CARGO) test --package fake-xapi --test steps
 
 bench: dependencies-test ## Measure calls and mirrors, optimised, each against a reference (about ten minutes)
 	$(CARGO) build --release --workspace
