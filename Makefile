@@ -5,9 +5,10 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 DESTDIR ?=
 PREFIX ?= /usr
+SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep bench check suites dependencies-demo dependencies-test build install uninstall clean
+.PHONY: help demo test sweep soak bench check suites dependencies-demo dependencies-test build install uninstall clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -44,6 +45,9 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 		$(CARGO) test --package fake-xapi --test migration random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_STEPS=40 \
 		$(CARGO) test --package fake-xapi --test steps
+
+soak: dependencies-test ## Try everything that is random with new seeds, for half an hour (SOAK_MINUTES)
+	tests/soak.sh $(SOAK_MINUTES)
 
 bench: dependencies-test ## Measure calls and mirrors, optimised, each against a reference (about ten minutes)
 	$(CARGO) build --release --workspace

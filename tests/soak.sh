@@ -1,0 +1,37 @@
+#!/bin/sh
+# Tries what is random with ever new seeds until its time is up: histories struck at system calls, migrations, mirrors of
+# differences, promises about contents, damage. Ends at the first failure, with the command that repeats it.
+#
+#   tests/soak.sh [minutes]       30 if not given; SOAK_SEED=<number> begins with another seed
+set -eu
+cd "$(dirname -- "$0")/.."
+PATH=$PATH:$HOME/.cargo/bin
+minutes=${1-30}
+seed=${SOAK_SEED-$(date +%s)}
+rounds=0
+
+# Runs one suite with a seed: the variables, then cargo's arguments.
+try() {
+    variables=$1
+    shift
+    echo "soak: $variables cargo test $*"
+    # shellcheck disable=SC2086 # several variables
+    if ! env $variables cargo test --quiet "$@"; then
+        echo "soak: failed after $rounds rounds. Again: $variables cargo test $*" >&2
+        exit 1
+    fi
+}
+
+cargo build --workspace
+until=$(($(date +%s) + minutes * 60))
+echo "soak: $minutes minutes from seed $seed on"
+while [ "$(date +%s)" -lt "$until" ]; do
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_STEPS=4" --package fake-xapi --test steps
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_PLANS=1" --package fake-xapi --test migration random
+    try "MIRROR_SEED=$seed" --package datapath --test difference random
+    try "CONTENT_SEED=$seed" --package volume --test content walk
+    try "CHECK_SEED=$seed" --package volume --test check
+    seed=$((seed + 1))
+    rounds=$((rounds + 1))
+done
+echo "soak: $rounds rounds, all passed"
