@@ -305,6 +305,9 @@ fn examine_intent(loaded: &LoadedTree, record: &Path, findings: &mut Vec<Finding
 fn examine_node(loaded: &LoadedTree, node: NodeId, findings: &mut Vec<Finding>) {
     let path = node_path(&loaded.directory, node);
     let Err(error) = loaded.checked_image(node) else { return };
+    if is_explained(loaded, node, &path) {
+        return;
+    }
     let what = reason_of(&error);
     let backing = || {
         let header = Header::read(&path).ok()?;
@@ -324,6 +327,24 @@ fn examine_node(loaded: &LoadedTree, node: NodeId, findings: &mut Vec<Finding>) 
         let remedy = "put the file back from a backup, or destroy the volumes that lie on it";
         Finding::new(Severity::Error, &path, what, remedy)
     });
+}
+
+/// Tells whether what a header says beside the record is of an operation that was begun, which is found itself: it is
+/// what the record says once that is finished.
+fn is_explained(loaded: &LoadedTree, node: NodeId, path: &Path) -> bool {
+    let (Some(intent), Ok(header), Ok(recorded)) = (&loaded.tree.intent, Header::read(path), loaded.tree.node(node))
+    else {
+        return false;
+    };
+    match intent {
+        Intent::Switch(_) => false,
+        Intent::Resize { node: grown, virtual_size, .. } => {
+            let parent = recorded.parent.map(file_name);
+            *grown == node && header.virtual_size == *virtual_size && header.check_backing(parent.as_deref()).is_ok()
+        }
+        // Headers follow the record.
+        _ => header.virtual_size == recorded.virtual_size,
+    }
 }
 
 /// Looks at each file of a tree's directory: whether it is one of the tree's, and only its owner may read it.

@@ -240,6 +240,10 @@ fn close_to_others(tree: &LoadedTree) -> Result<()> {
 /// Makes the headers of nodes name the parent that the record names. A node through which a volume is open, here or
 /// anywhere by its claim, is left alone.
 fn mend_headers(host: &Host, tree: &LockedTree) -> Result<()> {
+    // One that could not be finished, and may be about headers.
+    if tree.tree.intent.is_some() {
+        return Ok(());
+    }
     let mut open = BTreeSet::new();
     for (key, volume) in &tree.tree.volumes {
         let scratch = tree.tree.scratch.get(key).and_then(|scratch| scratch.node);

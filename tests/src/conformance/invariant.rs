@@ -3,11 +3,16 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Bench;
 use crate::disk::{Inventory, Links, RawCopy, Sr, Topology};
+use crate::host::PluginSource;
+
+/// The administrator's program.
+const PROGRAM: &str = "xapi-storage-qcow2";
 
 impl Bench {
     /// Sees that SR.ls is what is on disk, parents form a forest, and every image is sound.
@@ -29,7 +34,23 @@ impl Bench {
         let damaged = sr.check()?;
         ensure!(damaged.is_empty(), "{damaged:#?}");
         is_a_forest(&sr)?;
-        unfinished(&self.sr.path)
+        unfinished(&self.sr.path)?;
+        self.check_finds_nothing()
+    }
+
+    /// Sees that the administrator's program finds nothing to say of the SR and of this host, where it was built too.
+    pub fn check_finds_nothing(&self) -> Result<()> {
+        let PluginSource::Binaries(directory) = &self.subject.plugins else { return Ok(()) };
+        let program = directory.join(PROGRAM);
+        if !self.subject.own_layout || !program.exists() {
+            return Ok(());
+        }
+        let mut command = Command::new(program);
+        command.args(["check", "--fast"]).arg(&self.sr.path).env("XAPI_STORAGE_QCOW2_ROOT", self.host.root());
+        let output = command.stdin(Stdio::null()).output().context("running the administrator's program")?;
+        let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        ensure!(output.status.success(), "the administrator's program says: {said}");
+        Ok(())
     }
 
     /// The paths of everything below the check's directory, and which volumes there are: what a refused call leaves.

@@ -232,6 +232,7 @@ async fn stat_is_quick(b: Arc<Bench>) -> Result<()> {
             let status = quick_stat(&b, &operation).await?;
             ensure!(!status.complete && !status.failed, "{allowance} bytes were let through: {status:?}");
         }
+        b.check_finds_nothing()?;
     }
     relay.allow(u64::MAX);
     completed(&b.data_wait(&operation).await?)?;

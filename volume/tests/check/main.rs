@@ -8,6 +8,7 @@ mod support;
 mod damage;
 mod flips;
 mod healthy;
+mod killed;
 mod program;
 mod rebuilt;
 mod refused;

@@ -333,7 +333,7 @@ impl Host {
 
 impl Bench {
     /// Waits until no qemu-img of a killed call is at work; it holds its tree's lock until then.
-    fn wait_for_orphans(&self) {
+    pub fn wait_for_orphans(&self) {
         let directory = self.path.to_str().unwrap();
         let at_work = |entry: fs::DirEntry| {
             let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
