@@ -189,7 +189,8 @@ impl Sr {
                 record::remove(&path)?;
             }
         }
-        self.sweep(host, &lock)
+        self.sweep(host, &lock)?;
+        Ok(())
     }
 }
 

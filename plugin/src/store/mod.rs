@@ -55,7 +55,7 @@ pub use header::Header;
 pub use locked::{LoadedTree, LockedTree};
 pub use new::NewTree;
 pub use rebuild::{RECOVERED, Rebuilt};
-pub use sr::{Sr, SrRecord, is_read_only};
+pub use sr::{Sr, SrRecord, is_read_only, is_same};
 pub use tree::{
     Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, Past, SIZE_UNIT, Scratch, Tree, Volume,
 };

@@ -202,8 +202,8 @@ impl Sr {
         let has_trees = fs::read_dir(path.join("trees")).is_ok_and(|mut entries| entries.next().is_some());
         let mut records = Vec::new();
         for uuid in Self::all_attached(host)? {
-            let attached = AttachedRecord::of(host, uuid)?;
-            if attached.path()? == path && !attached.destroyed {
+            let Ok(attached) = AttachedRecord::of(host, uuid) else { continue };
+            if !attached.destroyed && is_same(&attached.path()?, path) {
                 let AttachedRecord { name, description, .. } = attached;
                 records.push(SrRecord { format: SrRecord::FORMAT, uuid, name, description });
             }
@@ -616,6 +616,12 @@ impl Sr {
     fn unavailable(&self, missing: &Path) -> Error {
         Error::SrUnavailable { path: missing.to_owned(), reason: "the directory does not exist".to_owned() }
     }
+}
+
+/// Tells whether two paths lead to one directory.
+pub fn is_same(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    real(one) == real(other)
 }
 
 /// Whether the file system that holds a directory is mounted read-only.

@@ -229,6 +229,16 @@ fn every_damage_is_found_and_what_can_be_put_right_is() {
     let bench = random_sr(&mut random);
     let host = &bench.host;
     assert_well(host, &bench.path, &[]);
+    // While one SR is attached, a copy of it is one too many.
+    let copy = Copy::of(&bench, "copy");
+    found(
+        host,
+        &copy,
+        "a copy",
+        &host.root.join(format!("run/xapi-storage-qcow2/srs/{}.json", bench.sr)),
+        &["--fast"],
+    );
+    host.call("SR.detach", json!({"sr": bench.sr}));
     for (name, end, damage) in DAMAGES {
         let sr = Copy::of(&bench, "copy");
         let before = sr.content();

@@ -10,7 +10,7 @@ use plugin::host::Host;
 use plugin::id::{MirrorKey, VolumeKey};
 use plugin::lock::FileLock;
 use plugin::mirror::{self, MirrorRecord};
-use plugin::store::{Finding, LoadedTree, Severity, Sr};
+use plugin::store::{Finding, LoadedTree, Severity, Sr, is_same};
 
 /// Finds attachments and mirrors of the SR that have lost their processes, processes that have lost their records, and
 /// records that cannot be read.
@@ -21,6 +21,7 @@ pub fn examine(
     is_complete: bool,
     found: &mut Vec<Finding>,
 ) -> Result<()> {
+    examine_attached(host, sr, found)?;
     for key in Attachment::volumes(host)? {
         let finding = examine_attachment(host, sr, trees, is_complete, key)?;
         // One that was at work when it was looked at is looked at again: only what stays is wrong.
@@ -29,6 +30,33 @@ pub fn examine(
         }
     }
     examine_mirrors(host, sr, found)
+}
+
+/// Finds what this host knows of where the SR is, and is wrong.
+fn examine_attached(host: &Host, sr: &Sr, found: &mut Vec<Finding>) -> Result<()> {
+    let own = sr.record.uuid;
+    for uuid in Sr::all_attached(host)? {
+        let record = host.sr_record(uuid);
+        match Sr::attached_path(host, uuid) {
+            Ok(path) if uuid == own && !is_same(&path, &sr.path) => {
+                let what =
+                    format!("the SR is attached at {}, and this is another directory with its uuid", path.display());
+                let remedy = "one of the two is a copy: see which, and take sr.json out of the other";
+                found.push(Finding::new(Severity::Error, &record, what, remedy));
+            }
+            Ok(path) if uuid != own && is_same(&path, &sr.path) => {
+                let what = format!("SR {uuid} is attached there, and SR {own} is in its place");
+                let remedy = "mount the right file system, or put the right sr.json back";
+                found.push(Finding::new(Severity::Error, &record, what, remedy));
+            }
+            Err(error) if uuid == own => {
+                let remedy = "unplug the PBD and plug it again";
+                found.push(Finding::new(Severity::Error, &record, error.chain(), remedy));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn examine_attachment(
