@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata, ReadDir};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::changed::CHANGED_SUFFIX;
@@ -28,7 +28,7 @@ use crate::record;
 const OWN_FILES: [&str; 5] = ["tree.json", "lock", "spare", "merge", "merge.stop"];
 
 /// How long the removal of a directory may rest.
-const MOMENT: Duration = Duration::from_millis(200);
+const MOMENT: Duration = Duration::from_millis(500);
 
 /// What is found when an SR is held against itself.
 #[derive(Clone, Debug, Default)]
@@ -68,14 +68,11 @@ impl Sr {
     /// Looks at what is among the trees, and gives those there are.
     fn examine_trees_directory(&self, found: &mut Examination) -> Result<Vec<TreeId>> {
         let trees = self.trees();
-        let mut ids = Vec::new();
+        let (mut ids, mut unfinished) = (Vec::new(), Vec::new());
         for name in self.names_in(&trees)? {
             let path = trees.join(&name);
             if name.starts_with(NEW) || name.starts_with(OLD) {
-                if is_abandoned(&path) {
-                    let what = "a tree that was not finished, or is gone, and that nobody works on";
-                    found.findings.push(Finding::repairable(Severity::Note, &path, what, "removed"));
-                }
+                unfinished.push(path);
             } else if let Ok(id) = name.parse() {
                 match fs::symlink_metadata(&path) {
                     Ok(metadata) if !metadata.is_dir() => {
@@ -88,6 +85,10 @@ impl Sr {
                 let what = "it is not a tree's directory, and no volume can be listed while it is there";
                 found.findings.push(Finding::new(Severity::Error, &path, what, "move it out of the SR"));
             }
+        }
+        for path in abandoned(unfinished) {
+            let what = "a tree that was not finished, or is gone, and that nobody works on";
+            found.findings.push(Finding::repairable(Severity::Note, &path, what, "removed"));
         }
         Ok(ids)
     }
@@ -194,20 +195,22 @@ impl Sr {
                 .extend(loaded.tree.referenced_volumes().difference(&loaded.tree.volumes.keys().copied().collect()));
         }
         let mut findings = Vec::new();
+        let (mut dangling, mut unfinished) = (Vec::new(), Vec::new());
         for name in &names {
             let path = volumes.join(name);
             let Ok(key) = name.parse::<VolumeKey>() else {
-                findings.push(if name.starts_with(record::TEMPORARY) {
-                    Finding::repairable(Severity::Note, &path, "a symlink that was not finished", "removed")
+                if name.starts_with(record::TEMPORARY) {
+                    unfinished.push(path);
                 } else {
-                    Finding::new(Severity::Note, &path, "it is no volume's name", "remove it if nobody misses it")
-                });
+                    let what = "it is no volume's name";
+                    findings.push(Finding::new(Severity::Note, &path, what, "remove it if nobody misses it"));
+                }
                 continue;
             };
             if moving.contains(&key) {
                 continue;
             }
-            if !path.is_symlink() {
+            if fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_symlink()) {
                 let remedy = "move it out of the SR, and check again";
                 findings.push(Finding::new(Severity::Error, &path, "it is a volume's name and no symlink", remedy));
                 continue;
@@ -225,14 +228,25 @@ impl Sr {
                 }
                 (Ok(Some(_)), None) => {
                     if found.unreadable.is_empty() && self.is_dangling(key).unwrap_or(true) {
-                        let what = "a symlink that leads to no volume";
-                        findings.push(Finding::repairable(Severity::Note, &path, what, "removed"));
+                        dangling.push(key);
                     }
                 }
                 (Err(error), None) => {
                     findings.push(Finding::repairable(Severity::Error, &path, reason_of(&error), "removed"));
                 }
             }
+        }
+        if !dangling.is_empty() || !unfinished.is_empty() {
+            // Whoever is at work on them is done with them in a moment.
+            std::thread::sleep(MOMENT);
+        }
+        for path in unfinished.iter().filter(|path| path.is_symlink()) {
+            findings.push(Finding::repairable(Severity::Note, path, "a symlink that was not finished", "removed"));
+        }
+        for key in dangling.into_iter().filter(|key| self.stays_dangling(*key)) {
+            let what = "a symlink that leads to no volume";
+            let path = volumes.join(key.to_string());
+            findings.push(Finding::repairable(Severity::Note, &path, what, "removed"));
         }
         let linked: BTreeSet<VolumeKey> = names.iter().filter_map(|name| name.parse().ok()).collect();
         for (key, trees) in &homes {
@@ -261,6 +275,14 @@ impl Sr {
         Ok(())
     }
 
+    /// Tells whether a symlink that led to no volume still does, and will: whoever destroys the last volume of a tree
+    /// removes the tree first, and then the symlink.
+    fn stays_dangling(&self, key: VolumeKey) -> bool {
+        let Ok(Some(id)) = self.tree_of(key) else { return false };
+        let old = self.trees().join(format!("{OLD}{id}"));
+        (!old.exists() || !abandoned(vec![old]).is_empty()) && self.is_dangling(key).unwrap_or(true)
+    }
+
     /// Tells, under the lock of the tree that has a volume, whether the volume's symlink does not lead there.
     fn is_misled(&self, host: &Host, key: VolumeKey, home: TreeId) -> Result<bool> {
         let _lock = self.lock_to_look(host, home)?;
@@ -278,17 +300,21 @@ impl Examination {
     }
 }
 
-/// Tells whether nobody works on the directory of a tree that is not one yet, or no longer: its lock is free or, where
-/// it has none, it stays as it is for a moment.
-fn is_abandoned(directory: &Path) -> bool {
-    let lock = directory.join("lock");
-    if lock.exists() {
-        return !FileLock::is_held(&lock) && directory.exists();
+/// Gives those of some directories of trees that are none yet, or no longer, on which nobody works: their locks are free,
+/// and they stay as they are for a moment. Whoever makes one takes its lock a little later; whoever removes one removes
+/// the lock too.
+fn abandoned(directories: Vec<PathBuf>) -> Vec<PathBuf> {
+    let look = |directory: &Path| {
+        let entries = fs::read_dir(directory).map(Iterator::count).ok()?;
+        (!FileLock::is_held(&directory.join("lock"))).then_some(entries)
+    };
+    let mut resting: Vec<(PathBuf, usize)> =
+        directories.into_iter().filter_map(|path| look(&path).map(|entries| (path, entries))).collect();
+    if !resting.is_empty() {
+        std::thread::sleep(MOMENT);
+        resting.retain(|(path, entries)| look(path) == Some(*entries));
     }
-    let count = || fs::read_dir(directory).map(Iterator::count).ok();
-    let before = count();
-    std::thread::sleep(MOMENT);
-    before.is_some() && before == count()
+    resting.into_iter().map(|(path, _)| path).collect()
 }
 
 /// Finds an operation that was begun and that nobody works on.

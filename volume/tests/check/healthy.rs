@@ -11,14 +11,29 @@ use serde_json::{Value, json};
 use crate::program::{assert_well, check, run};
 use crate::support::{Bench, Guest, MIB, key, write};
 
+/// A volume that is attached and active until this is dropped, also by a check that fails.
+struct Active {
+    host: Host,
+    uri: VolumeUri,
+    domain: Domain,
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        let released = activation::release(&self.host, self.uri, &self.domain);
+        assert!(released.is_ok() || std::thread::panicking(), "{released:?}");
+    }
+}
+
 /// Attaches and activates a volume.
-fn activated(bench: &Bench, volume: &str, domain: &str, mode: Mode) -> (Host, VolumeUri, Domain) {
+fn activated(bench: &Bench, volume: &str, domain: &str, mode: Mode) -> Active {
     let host = Host::at(&bench.host.root);
     let uri: VolumeUri = format!("qsd://{}/{volume}", bench.sr).parse().unwrap();
     let domain: Domain = domain.parse().unwrap();
-    activation::attach(&host, uri, &domain).unwrap();
-    activation::activate(&host, uri, &domain, mode).unwrap();
-    (host, uri, domain)
+    let active = Active { host, uri, domain };
+    activation::attach(&active.host, uri, &active.domain).unwrap();
+    activation::activate(&active.host, uri, &active.domain, mode).unwrap();
+    active
 }
 
 #[test]
@@ -63,9 +78,9 @@ fn nothing_is_found_while_guests_have_volumes_open() {
     let bench = Bench::new();
     let volume = bench.create(4 * MIB);
     let snapshot = bench.snapshot(&volume);
-    let (host, uri, domain) = activated(&bench, &volume, "7", Mode::ReadWrite);
-    let (_, read_uri, reader) = activated(&bench, &snapshot, "8", Mode::ReadOnly);
-    let mut guest = Guest::connect(&host.volume_dir(uri.volume).join("nbd.sock"), &volume, true);
+    let active = activated(&bench, &volume, "7", Mode::ReadWrite);
+    let reading = activated(&bench, &snapshot, "8", Mode::ReadOnly);
+    let mut guest = Guest::connect(&active.host.volume_dir(active.uri.volume).join("nbd.sock"), &volume, true);
     guest.write(1, 0, MIB);
     assert_well(&bench.host, &bench.path, &[]);
     bench.snapshot(&volume);
@@ -90,8 +105,7 @@ fn nothing_is_found_while_guests_have_volumes_open() {
         assert_eq!(after["volumes"][key]["node"], before["volumes"][key]["node"]);
         assert_eq!(after["volumes"][key]["active"], before["volumes"][key]["active"]);
     }
-    activation::release(&host, uri, &domain).unwrap();
-    activation::release(&host, read_uri, &reader).unwrap();
+    drop((active, reading));
     assert_well(&bench.host, &bench.path, &[]);
 }
 
@@ -99,20 +113,45 @@ fn nothing_is_found_while_guests_have_volumes_open() {
 fn a_daemon_that_died_is_found_and_is_no_reason_to_touch_anything() {
     let bench = Bench::new();
     let volume = bench.create(MIB);
-    let (host, uri, domain) = activated(&bench, &volume, "7", Mode::ReadWrite);
-    let state: Value =
-        serde_json::from_slice(&fs::read(host.volume_dir(uri.volume).join("state.json")).unwrap()).unwrap();
+    let active = activated(&bench, &volume, "7", Mode::ReadWrite);
+    let state = active.host.volume_dir(active.uri.volume).join("state.json");
+    let state: Value = serde_json::from_slice(&fs::read(state).unwrap()).unwrap();
     let pid = i32::try_from(state["daemon"]["pid"].as_i64().unwrap()).unwrap();
     rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL)
         .unwrap();
-    let dead = || check(&host_of(&bench), &bench.path, &["--fast"]);
-    while dead().0 == 0 {}
+    while check(&bench.host, &bench.path, &["--fast"]).0 == 0 {}
     let (status, report) = check(&bench.host, &bench.path, &["--fast", "--repair"]);
     assert!(status == 1 && report["findings"][0]["what"].as_str().unwrap().contains("domains 7"), "{report:#}");
-    activation::release(&host, uri, &domain).unwrap();
+    drop(active);
     assert_well(&bench.host, &bench.path, &["--fast"]);
 }
 
-fn host_of(bench: &Bench) -> crate::support::Host {
-    crate::support::Host { root: bench.host.root.clone() }
+#[test]
+fn nothing_is_found_while_calls_are_at_work() {
+    let bench = Bench::new();
+    let kept = bench.create(MIB);
+    let is_done = std::sync::atomic::AtomicBool::new(false);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        let at_work = scope.spawn(|| {
+            // However it ends.
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                for _ in 0..6 {
+                    let (child, parent) = (bench.create(MIB), bench.create(MIB));
+                    let snapshot = bench.snapshot(&child);
+                    bench.destroy(&snapshot);
+                    bench.call("Volume.compose", json!({"key": child, "key2": parent}));
+                    bench.destroy(&bench.clone_of(&kept));
+                    bench.destroy(&child);
+                }
+            }));
+            is_done.store(true, order);
+            ended
+        });
+        while !is_done.load(order) {
+            assert_well(&bench.host, &bench.path, &["--fast"]);
+        }
+        at_work.join().unwrap().unwrap();
+    });
+    assert_well(&bench.host, &bench.path, &["--fast"]);
 }
