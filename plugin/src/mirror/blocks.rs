@@ -32,8 +32,9 @@ impl Record for Blocks {
 }
 
 impl Blocks {
-    /// Takes a list of blocks as SMAPIv3 has it: pairs of a first block and a number of blocks, of `block_size` bytes
-    /// each, in any order. A last block that is longer than what is left of the `size` bytes ends with them.
+    /// Takes a list of blocks as SMAPIv3 has it: pairs of a first block and a number of blocks, both counted in blocks of
+    /// `block_size` bytes (xen-api `ocaml/xapi-storage/generator/lib/common.mli`, blocklist), in any order. A last block
+    /// that is longer than what is left of the `size` bytes ends with them.
     ///
     /// # Errors
     ///
