@@ -17,6 +17,7 @@
 //! A volume is persistent unless it was opened otherwise ([`open`]); then a guest's writes go to a node that is thrown
 //! away ([`crate::store::Scratch`]).
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use uuid::Uuid;
@@ -107,10 +108,16 @@ pub fn attach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<PathBuf> {
 /// # Errors
 ///
 /// [`Error::ActivatedOnAnotherHost`] when another host's claim forbids it; [`Error::VolumeInUse`] when a client that
-/// reads on this host does; else the volume cannot be opened.
+/// reads on this host does; [`Error::NotComposed`] for who is no migration while a migration from SMAPIv1 is not whole;
+/// else the volume cannot be opened.
 pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Result<()> {
     let mut tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
-    tree.tree.volume_with_data(uri.volume)?;
+    let importer = tree.tree.volume_with_data(uri.volume)?.importing.as_ref();
+    if importer.is_some_and(|importer| importer != domain) && !domain.is_migration() {
+        // xapi only logs that a migration's last calls failed, and starts the guest (xen-api
+        // `ocaml/xapi/storage_migrate.ml`, post_deactivate_hook).
+        return Err(Error::NotComposed(uri.volume.to_string()));
+    }
     let mut attachment = Attachment::lock(host, uri)?;
     let this = host.uuid()?;
     let open = attachment.open_mode();
@@ -155,9 +162,45 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
 /// # Errors
 ///
 /// When what was written could not be flushed, or the daemon does not answer; see [`Attachment::deactivate`].
+/// [`Error::ImportBroken`], once, when a migration from SMAPIv1 lost writes; the domain is deactivated then.
 pub fn deactivate(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
     let tree = lock_tree(host, uri)?;
-    with_attachment(host, uri, tree, |attachment| block_on(attachment.deactivate(domain)))
+    let volume = tree.as_ref().and_then(|tree| tree.tree.volumes.get(&uri.volume));
+    let is_import = volume.is_some_and(|volume| volume.importing.is_some());
+    let mut broken = None;
+    with_attachment(host, uri, tree, |attachment| {
+        let deactivated = block_on(attachment.deactivate(domain));
+        broken = attachment.take_import_failure();
+        deactivated
+    })?;
+    match broken.filter(|_| is_import) {
+        Some(reason) => Err(Error::ImportBroken { volume: uri.volume.to_string(), reason }),
+        None => Ok(()),
+    }
+}
+
+/// Lets a migration from SMAPIv1 write to an active volume, by a process that this executable is with `arguments`, and
+/// gives the socket at which that takes connections. A volume that lies on another has the rest of its data elsewhere
+/// until it is composed; until then no guest activates it.
+///
+/// # Errors
+///
+/// As [`Attachment::import`]; else the volume's record cannot be written.
+pub fn import(host: &Host, uri: VolumeUri, domain: &Domain, arguments: &[OsString]) -> Result<PathBuf> {
+    let mut tree = Sr::attached(host, uri.sr)?.lock(host, uri.volume)?;
+    let volume = tree.volume(uri.volume)?;
+    let is_overlay = tree.tree.node(volume.node)?.parent.is_some();
+    let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)? else {
+        return Err(Error::NotActive { volume: uri.volume.to_string() });
+    };
+    let socket = attachment.import(domain, arguments)?;
+    let importing = attachment.importer().filter(|_| is_overlay).cloned();
+    if importing.is_some() && importing != volume.importing {
+        let mut after = tree.tree.clone();
+        after.volume_mut(uri.volume)?.importing = importing;
+        tree.commit(after)?;
+    }
+    Ok(socket)
 }
 
 /// Detaches a domain, active or not; whatever is not there is detached already. An SR that cannot be read does not

@@ -84,6 +84,20 @@ pub enum Error {
         /// The volume's key.
         volume: String,
     },
+    /// A migration from SMAPIv1 wrote to the volume, and the rest of its data is in another one.
+    #[error(
+        "volume {0} lacks data: a migration from SMAPIv1 wrote to it and has not composed it with the volume that has \
+         the rest"
+    )]
+    NotComposed(String),
+    /// Writes of a migration from SMAPIv1 are missing from the volume.
+    #[error("the import to volume {volume} broke: {reason}")]
+    ImportBroken {
+        /// The volume's key.
+        volume: String,
+        /// How.
+        reason: String,
+    },
     /// Another host holds the volume.
     #[error("volume {volume} is activated on host {host}")]
     ActivatedOnAnotherHost {
@@ -267,6 +281,7 @@ impl Error {
             | Self::NewerFormat { .. }
             | Self::Image { .. }
             | Self::NotActive { .. }
+            | Self::NotComposed(_)
             | Self::DataDestroyed(_) => 46,
             Self::SrUnavailable { .. } => 47,
             Self::InvalidSize(_) => 79,
@@ -275,7 +290,7 @@ impl Error {
             Self::BadRequest(_) => 115,
             Self::Io { .. } => 200,
             Self::Timeout { .. } => 201,
-            Self::MirrorBroken { .. } => 202,
+            Self::MirrorBroken { .. } | Self::ImportBroken { .. } => 202,
             Self::Qemu { .. } | Self::Qmp { .. } => 453,
             Self::ChangesNotTracked(_) | Self::UnrelatedVolumes { .. } => 460,
             Self::ReadOnlyFileSystem { .. } => 461,

@@ -15,11 +15,11 @@
 mod receive;
 mod serve;
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use plugin::attachment::import_socket;
+use plugin::attachment::{import_socket, note_broken_import};
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::id::VolumeKey;
@@ -42,14 +42,13 @@ pub fn main(host: &Host, key: &str) -> ExitCode {
 async fn run(host: &Host, key: VolumeKey) -> Result<()> {
     let directory = host.volume_dir(key);
     let patience = Duration::from_secs(host.settings()?.handshake_seconds);
-    let export = Sockets::of(&directory).nbd();
     let path = import_socket(&directory);
     let listener = receive::Listener::bind(&path)?;
     loop {
         tokio::select! {
             accepted = listener.accept() => {
                 let control = accepted?;
-                tokio::spawn(one(control, patience, export.clone(), key));
+                tokio::spawn(one(control, patience, directory.clone(), key));
             }
             () = tokio::time::sleep(TICK) => {}
         }
@@ -61,7 +60,7 @@ async fn run(host: &Host, key: VolumeKey) -> Result<()> {
 }
 
 /// Receives one connection and serves it to its end.
-async fn one(control: receive::Control, patience: Duration, export: impl AsRef<Path>, key: VolumeKey) {
+async fn one(control: receive::Control, patience: Duration, directory: PathBuf, key: VolumeKey) {
     let connection = match tokio::time::timeout(patience, control.connection()).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return tracing::warn!(error = error.chain(), "no connection was passed"),
@@ -69,8 +68,16 @@ async fn one(control: receive::Control, patience: Duration, export: impl AsRef<P
     };
     let (stream, datapath) = connection;
     tracing::info!(volume = %key, datapath, "importing");
-    match serve::serve(stream, export.as_ref(), &key.to_string()).await {
-        Ok(()) => tracing::info!(volume = %key, datapath, "the importing client has gone"),
-        Err(error) => tracing::warn!(volume = %key, datapath, error = error.chain(), "an import was cut off"),
+    match serve::serve(stream, &Sockets::of(&directory).nbd(), &key.to_string()).await {
+        Ok(serve::Left::Idle) => tracing::info!(volume = %key, datapath, "the importing client has gone"),
+        Ok(serve::Left::Abruptly) => {
+            // A tapdisk says goodbye unless it has given its mirror up (blktap `drivers/block-nbd.c`, tdnbd_close).
+            tracing::warn!(volume = %key, datapath, "the importing client has gone without a goodbye");
+            note_broken_import(&directory, "its client has gone without a goodbye");
+        }
+        Err(error) => {
+            tracing::warn!(volume = %key, datapath, error = error.chain(), "an import was cut off");
+            note_broken_import(&directory, &error.chain());
+        }
     }
 }

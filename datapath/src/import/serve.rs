@@ -22,6 +22,15 @@ enum End {
     Closed,
 }
 
+/// How a client left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// It had asked for nothing yet, or had said goodbye.
+    Idle,
+    /// In the middle, as one that has given up.
+    Abruptly,
+}
+
 /// Serves the client until it closes its connection, or that breaks.
 ///
 /// The export is connected to only while the client is past its handshake: a tapdisk that is paused holds nothing open.
@@ -29,17 +38,17 @@ enum End {
 /// # Errors
 ///
 /// When either connection breaks, or the client breaks the protocol.
-pub async fn serve(client: impl AsyncRead + AsyncWrite + Unpin, socket: &Path, export: &str) -> Result<()> {
+pub async fn serve(client: impl AsyncRead + AsyncWrite + Unpin, socket: &Path, export: &str) -> Result<Left> {
     let (from_client, mut to_client) = tokio::io::split(client);
     let mut from_client = BufReader::with_capacity(BUFFER, from_client);
     let mut greeted = false;
     loop {
         let choice = match nbd::negotiate(&mut from_client, &mut to_client).await {
             Ok(Some(choice)) => choice,
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(Left::Idle),
             // One that said goodbye need not come back.
             Err(Error::Io { source, .. }) if greeted && source.kind() != std::io::ErrorKind::InvalidData => {
-                return Ok(());
+                return Ok(Left::Idle);
             }
             Err(error) => return Err(error),
         };
@@ -51,7 +60,7 @@ pub async fn serve(client: impl AsyncRead + AsyncWrite + Unpin, socket: &Path, e
         choice.accept(&mut to_client, chosen).await?;
         match relay(&mut from_client, &mut to_client, server).await.map_err(broken)? {
             End::Goodbye => {}
-            End::Closed => return Ok(()),
+            End::Closed => return Ok(Left::Abruptly),
         }
     }
 }

@@ -12,6 +12,20 @@ use crate::host::Launch;
 use crate::id::Domain;
 use crate::qemu;
 
+/// The file beside an import's socket that tells how it broke.
+const BROKEN: &str = "import.broken";
+
+/// Notes that an import's client has lost writes, or may have: for the deactivation that ends it.
+pub fn note_broken_import(directory: &Path, reason: &str) {
+    let path = directory.join(BROKEN);
+    // The first reason is the one that caused the others.
+    if !path.exists()
+        && let Err(error) = fs::write(&path, reason)
+    {
+        tracing::error!(%error, reason, "nobody will know that an import broke");
+    }
+}
+
 /// Gives the path of the socket at which connections are passed to an import, in a volume's runtime directory.
 pub fn import_socket(directory: &Path) -> PathBuf {
     directory.join("import.sock")
@@ -61,6 +75,27 @@ impl Attachment {
         Ok(socket)
     }
 
+    /// Gives the domain that has an import.
+    pub fn importer(&self) -> Option<&Domain> {
+        self.state.import.as_ref().map(|import| &import.domain)
+    }
+
+    /// Gives how the import that this call ended was broken, once.
+    pub fn take_import_failure(&mut self) -> Option<String> {
+        self.import_failure.take()
+    }
+
+    /// Reads, once there is no import, how it was broken.
+    pub(super) fn settle_import(&mut self) {
+        let path = self.directory.join(BROKEN);
+        if self.state.import.is_none()
+            && let Ok(reason) = fs::read_to_string(&path)
+        {
+            let _ = fs::remove_file(path);
+            self.import_failure = Some(reason);
+        }
+    }
+
     /// Ends the import of a domain that `ends` names. Its client is cut off; what it was told is written is.
     ///
     /// # Errors
@@ -77,6 +112,9 @@ impl Attachment {
             return Ok(());
         }
         let _ = fs::remove_file(socket);
+        if !import.relay.is_alive(&self.host) {
+            note_broken_import(&self.directory, "its process was killed");
+        }
         import.relay.kill(&self.host, self.settings.qmp())?;
         self.state.import = None;
         self.save()

@@ -91,6 +91,7 @@ impl Attachment {
     /// domain is activated anew or detached. After any other error the domain is still active.
     pub async fn deactivate(&mut self, domain: &Domain) -> Result<()> {
         self.end_import(|owner| owner == domain)?;
+        self.settle_import();
         self.ready()?;
         if let Some(reason) = self.state.unflushed.get(domain) {
             return Err(Error::Qemu { doing: "flushing the last writes".to_owned(), reason: reason.clone() });

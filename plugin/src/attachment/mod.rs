@@ -38,7 +38,7 @@ use crate::qemu::graph;
 use crate::qemu::qmp::Client;
 use crate::record::{self, Durability};
 use crate::store::Mode;
-pub use import::import_socket;
+pub use import::{import_socket, note_broken_import};
 pub use seen::{Seen, SeenOpen};
 use state::State;
 pub use state::Use;
@@ -58,6 +58,8 @@ pub struct Attachment {
     trouble: Option<Error>,
     /// The node that was written to and is closed now, all of it flushed, with the name of what it holds.
     closed: Option<(NodeId, ContentId)>,
+    /// How the import that this call ended was broken, if it was.
+    import_failure: Option<String>,
     _lock: FileLock,
 }
 
@@ -157,8 +159,16 @@ impl Attachment {
         if uri.is_some_and(|uri| uri.sr != state.sr) {
             return Err(Error::BadRequest(format!("volume {} is attached from SR {}", state.volume, state.sr)));
         }
-        let mut attachment =
-            Self { host: host.clone(), settings, directory, state, trouble: None, closed: None, _lock: lock };
+        let mut attachment = Self {
+            host: host.clone(),
+            settings,
+            directory,
+            state,
+            trouble: None,
+            closed: None,
+            import_failure: None,
+            _lock: lock,
+        };
         attachment.notice_death();
         attachment.settle();
         Ok(Some(attachment))

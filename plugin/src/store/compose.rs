@@ -117,6 +117,8 @@ fn composed(
     let old = tree.chain(volume.node);
     // Nobody has it open: what is left of claims is worth nothing.
     volume.active.clear();
+    // With this a migration from SMAPIv1 is whole.
+    volume.importing = None;
     after.volumes.remove(&parent);
     after.volumes.insert(child, volume);
     after.nodes.extend(kept.clone());

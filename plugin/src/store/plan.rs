@@ -135,6 +135,7 @@ fn copy_of(original: &Volume, node: NodeId) -> Volume {
         sharable: original.sharable,
         cbt_enabled: original.cbt_enabled,
         data_destroyed: false,
+        importing: None,
         keys,
         active: Vec::new(),
     }

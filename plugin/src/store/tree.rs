@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::id::{ContentId, NodeId, TreeId, VolumeKey};
+use crate::id::{ContentId, Domain, NodeId, TreeId, VolumeKey};
 use crate::record::Record;
 use crate::smapi::Keys;
 
@@ -21,7 +21,7 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 ///
 /// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. Format 2 may
 /// have `composed`, `scratch`, a `history`, volumes whose data was destroyed and an intent to compose. In format 3 nodes
-/// may have a `content`. A tree is written in the oldest format that can hold it. A field that is not known is an error:
+/// may have a `content`, in format 4 volumes an `importing`. A tree is written in the oldest format that can hold it. A field that is not known is an error:
 /// whatever adds one raises the format.
 /// What [`Self::check`] asks for holds of every tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +106,10 @@ pub struct Volume {
     /// Whether its data was destroyed: only what changed in it is still known.
     #[serde(default, skip_serializing_if = "is_false")]
     pub data_destroyed: bool,
+    /// The domain for which a migration from SMAPIv1 writes to it, or wrote. What the migration copied is in another
+    /// volume until this one is composed with it; before that a guest would find a disk without most of its data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub importing: Option<Domain>,
     /// The keys that xapi set, any text.
     #[serde(default, skip_serializing_if = "Keys::is_empty")]
     pub keys: Keys,
@@ -125,6 +129,7 @@ impl Volume {
             sharable: false,
             cbt_enabled: false,
             data_destroyed: false,
+            importing: None,
             keys: Keys::new(),
             active: Vec::new(),
         }
@@ -229,8 +234,11 @@ impl Intent {
 }
 
 impl Record for Tree {
-    const FORMAT: u64 = 3;
+    const FORMAT: u64 = 4;
 }
+
+/// The format of a tree that nothing is imported to.
+const THIRD_FORMAT: u64 = 3;
 
 /// The format of a tree without the names of contents.
 const SECOND_FORMAT: u64 = 2;
@@ -284,8 +292,11 @@ impl Tree {
 
     /// Gives the oldest format in which the tree can be written: programs that know no newer one can go on with it.
     pub fn needed_format(&self) -> u64 {
-        if self.nodes.values().any(|node| node.content.is_some()) {
+        if self.volumes.values().any(|volume| volume.importing.is_some()) {
             return Self::FORMAT;
+        }
+        if self.nodes.values().any(|node| node.content.is_some()) {
+            return THIRD_FORMAT;
         }
         let plain = self.composed.is_empty()
             && self.scratch.is_empty()
@@ -630,6 +641,7 @@ mod tests {
         assert_eq!(needed(|value| value["history"] = json!({A: {"virtual_size": 512}})), 2);
         assert_eq!(needed(|value| value["volumes"][V]["data_destroyed"] = json!(true)), 2);
         assert_eq!(needed(|value| value["nodes"][A]["content"] = json!(V)), 3);
+        assert_eq!(needed(|value| value["volumes"][V]["importing"] = json!("MIR0a1b2c")), 4);
         let tree: Tree = serde_json::from_value(sound()).unwrap();
         let text = serde_json::to_string(&tree).unwrap();
         assert!(!text.contains("content"), "an older program refuses a field that it does not know: {text}");

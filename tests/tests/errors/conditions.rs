@@ -1,14 +1,18 @@
 //! How each condition of the table is made.
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fake_xapi::conformance::{Bench, DBG, MIB, refused, uri_of};
+use fake_xapi::host::pass;
+use fake_xapi::nbd::Tapdisk;
 use fake_xapi::wire::{Failure, Request, Volume};
 use serde_json::{Value, json};
+use tokio::net::UnixStream;
 use uuid::Uuid;
 
 use crate::mount::Mounted;
@@ -54,6 +58,7 @@ pub fn all() -> Vec<Condition> {
         "a record was written by a newer version" => newer,
         "an image is not what the record says" => wrong_image,
         "a SMAPIv1 migration writes to a volume that is not active here" => not_active,
+        "a guest is to use what a SMAPIv1 migration wrote and did not compose" => not_composed,
         "the volume's data was destroyed" => without_data,
         "the SR's directory or its `sr.json` is not there" => gone,
         "a size that no volume can have" => wrong_size,
@@ -68,6 +73,7 @@ pub fn all() -> Vec<Condition> {
         "changed blocks of the volume are not tracked" => untracked,
         "changed blocks are asked for between volumes of two disks" => unrelated,
         "the mirror of the volume broke after it was complete" => broken_mirror,
+        "a SMAPIv1 migration lost writes on the way to the volume" => broken_import,
         "qemu-img or the storage daemon refused" => qemu,
         "the file system is read-only" mounts => read_only,
     }
@@ -186,6 +192,43 @@ async fn not_active(b: Arc<Bench>) -> Result<Failure> {
     let volume = b.create(MIB).await?;
     b.attach(&volume, "MIR0a1b2c").await?;
     call(&b, &Request::datapath("Datapath.import_activate", DBG, uri_of(&volume)?, "MIR0a1b2c")).await
+}
+
+/// A leaf over its dummy to which a migration from SMAPIv1 writes, and the import's socket.
+async fn importing(b: &Bench) -> Result<(Volume, String)> {
+    let volume = b.create(MIB).await?;
+    b.snapshot(&volume.key).await?;
+    b.plug(&volume, "MIR0a1b2c").await?;
+    let request = Request::datapath("Datapath.import_activate", DBG, uri_of(&volume)?, "MIR0a1b2c");
+    let socket = b.call(&request).await?.string("Datapath.import_activate")?;
+    Ok((volume, socket))
+}
+
+async fn not_composed(b: Arc<Bench>) -> Result<Failure> {
+    let (volume, _) = importing(&b).await?;
+    b.unplug(&volume, "MIR0a1b2c").await?;
+    b.attach(&volume, "7").await?;
+    refused(b.activate(&volume, "7").await)
+}
+
+async fn broken_import(b: Arc<Bench>) -> Result<Failure> {
+    let (volume, socket) = importing(&b).await?;
+    let (near, far) = UnixStream::pair()?;
+    pass(Path::new(&socket), &far.into_std()?, "a datapath")?;
+    let mut tapdisk = Tapdisk::new(near);
+    tapdisk.negotiate().await?;
+    drop(tapdisk);
+    let noted = Path::new(&socket).with_file_name("import.broken");
+    tokio::time::timeout(Duration::from_secs(20), async {
+        while !noted.exists() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await
+    .context("the client's end was not noticed")?;
+    let failure = refused(b.datapath("Datapath.deactivate", &volume, "MIR0a1b2c").await)?;
+    b.datapath("Datapath.deactivate", &volume, "MIR0a1b2c").await.context("the second time")?;
+    Ok(failure)
 }
 
 async fn gone(b: Arc<Bench>) -> Result<Failure> {
