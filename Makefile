@@ -39,10 +39,10 @@ suites:
 # What takes too long for each change: every single call, 216 plans, and as many that were never tried before.
 sweep: dependencies-test ## Make every single script call of a migration fail, and migrate 432 random trees (long)
 	$(CARGO) build --workspace
-	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures
-	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration random
+	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures --test smapiv1
+	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration --test smapiv1 random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_PLANS=9 \
-		$(CARGO) test --package fake-xapi --test migration random
+		$(CARGO) test --package fake-xapi --test migration --test smapiv1 random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_STEPS=40 \
 		$(CARGO) test --package fake-xapi --test steps
 

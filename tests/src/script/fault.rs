@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+
 use crate::wire::Request;
 
 /// What is done when a fault strikes.
@@ -22,6 +24,13 @@ pub enum Fault {
     TwiceInARow,
     /// The script gets SIGKILL this long after its start.
     Kill(Duration),
+    /// Nobody hears of it any more: the caller waits for ever, before the script ran or after it, and another is told.
+    Lost {
+        /// Whether the script runs.
+        after: bool,
+        /// Who is told when it has, or would have.
+        told: Arc<Notify>,
+    },
     /// Something is done before it runs.
     Before(Action),
     /// Something is done after it has run.
@@ -36,6 +45,7 @@ impl fmt::Debug for Fault {
             Self::TwiceAtOnce => f.write_str("TwiceAtOnce"),
             Self::TwiceInARow => f.write_str("TwiceInARow"),
             Self::Kill(after) => f.debug_tuple("Kill").field(after).finish(),
+            Self::Lost { after, .. } => f.debug_struct("Lost").field("after", after).finish(),
             Self::Before(_) => f.write_str("Before"),
             Self::After(_) => f.write_str("After"),
         }

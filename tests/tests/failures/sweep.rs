@@ -55,9 +55,10 @@ pub fn sweep<C: Display + Sync>(
     let failed = failed.into_inner().unwrap();
     assert!(
         failed.is_empty(),
-        "{} of {} cases failed; one alone: {ONLY}='<case>' cargo test -p fake-xapi --test failures {test}\n\n{}",
+        "{} of {} cases failed; one alone: {ONLY}='<case>' cargo test -p fake-xapi --test {} {test}\n\n{}",
         failed.len(),
         cases.len(),
+        env!("CARGO_CRATE_NAME"),
         failed.join("\n\n")
     );
 }

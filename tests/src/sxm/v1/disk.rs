@@ -23,6 +23,17 @@ const SECTOR: u64 = 512;
 /// After so many writes the tapdisk is paused and goes on, as it is for whatever changes the disk's chain.
 const PAUSE_EVERY: u64 = 40;
 
+/// Consecutive bytes of a disk that are one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// Where they begin.
+    pub offset: u64,
+    /// How many they are.
+    pub length: u64,
+    /// What each of them is.
+    pub byte: u8,
+}
+
 /// A disk.
 #[derive(Debug)]
 pub struct Disk {
@@ -56,11 +67,20 @@ impl Disk {
     /// # Errors
     /// The file cannot be written.
     pub fn create(path: &Path, size: u64) -> Result<Arc<Self>> {
-        let file = File::options().read(true).write(true).create_new(true).open(path)?;
+        let length = size / 16;
+        let stretch = |n: u8| Stretch { offset: u64::from(n) * length, length, byte: n + 1 };
+        Self::with(path, size, &(0..16).step_by(3).map(stretch).collect::<Vec<_>>())
+    }
+
+    /// Makes a disk of so many bytes, with these stretches written, later ones over earlier ones.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn with(path: &Path, size: u64, stretches: &[Stretch]) -> Result<Arc<Self>> {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
         file.set_len(size)?;
-        let part = size / 16;
-        for n in (0..16u8).step_by(3) {
-            file.write_all_at(&vec![n + 1; usize::try_from(part)?], u64::from(n) * part)?;
+        for Stretch { offset, length, byte } in stretches {
+            file.write_all_at(&vec![*byte; usize::try_from(*length)?], *offset)?;
         }
         let tapdisk = Mutex::new(State { file, mirror: Mirror::None });
         Ok(Arc::new(Self { path: path.to_owned(), size, tapdisk }))
@@ -137,13 +157,14 @@ impl Disk {
     /// Ends the mirror with a goodbye, as the deactivation of the disk does.
     pub async fn end_mirror(&self) {
         let mirror = std::mem::replace(&mut self.tapdisk.lock().await.mirror, Mirror::None);
-        if let Mirror::Running(mirror) | Mirror::Paused(mirror) = mirror {
+        // One that is paused has said it, or was never greeted.
+        if let Mirror::Running(mirror) = mirror {
             mirror.close().await;
         }
     }
 }
 
-/// A guest that writes to a disk as fast as it can.
+/// A guest that writes to a disk.
 #[derive(Debug)]
 pub struct Writer {
     stop: Arc<AtomicBool>,
@@ -152,11 +173,11 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts it.
+    /// Starts it; it rests so long after each write.
     #[must_use]
-    pub fn start(disk: &Arc<Disk>, seed: u64) -> Self {
+    pub fn start(disk: &Arc<Disk>, seed: u64, rest: Duration) -> Self {
         let (stop, writes) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let task = tokio::spawn(write(Arc::clone(disk), seed, Arc::clone(&stop), Arc::clone(&writes)));
+        let task = tokio::spawn(write(Arc::clone(disk), seed, rest, Arc::clone(&stop), Arc::clone(&writes)));
         Self { stop, writes, task }
     }
 
@@ -186,13 +207,25 @@ impl Writer {
     ///
     /// # Errors
     /// A write failed.
-    pub async fn stop(self) -> Result<()> {
+    pub async fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::SeqCst);
-        self.task.await?
+        (&mut self.task).await?
     }
 }
 
-async fn write(disk: Arc<Disk>, seed: u64, stop: Arc<AtomicBool>, writes: Arc<AtomicU64>) -> Result<()> {
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+    }
+}
+
+async fn write(
+    disk: Arc<Disk>,
+    seed: u64,
+    rest: Duration,
+    stop: Arc<AtomicBool>,
+    writes: Arc<AtomicU64>,
+) -> Result<()> {
     let mut random = seed | 1;
     let mut draw = |below: u64| {
         random ^= random << 13;
@@ -202,15 +235,19 @@ async fn write(disk: Arc<Disk>, seed: u64, stop: Arc<AtomicBool>, writes: Arc<At
     };
     let sectors = disk.size() / SECTOR;
     while !stop.load(Ordering::SeqCst) {
-        let count = 1 + draw(16);
-        let first = draw(sectors - count);
+        let count = (1 + draw(16)).min(sectors);
+        let first = draw(sectors - count + 1);
         // Zeroes too: they are data to a disk that lies on another.
         let byte = if draw(8) == 0 { 0 } else { draw(256) as u8 };
         disk.write(first * SECTOR, &vec![byte; usize::try_from(count * SECTOR)?]).await?;
         if writes.fetch_add(1, Ordering::SeqCst) % PAUSE_EVERY == PAUSE_EVERY - 1 {
             disk.pause(None).await?;
         }
-        tokio::task::yield_now().await;
+        if rest.is_zero() {
+            tokio::task::yield_now().await;
+        } else {
+            tokio::time::sleep(rest).await;
+        }
     }
     Ok(())
 }
