@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::raw::{self, Printed};
 use super::subject::DIRECTORY;
-use super::{Subject, answer, invariant};
+use super::{Need, Subject, answer, invariant};
 use crate::host::{Host, Leftovers, lock};
 use crate::nbd::{Client, Uri};
 use crate::script::{CallLog, script_path};
@@ -44,6 +44,16 @@ pub struct Bench {
 #[derive(Debug, thiserror::Error)]
 #[error("the device-config names one place, and a second SR needs {DIRECTORY} in it")]
 pub(super) struct OneSrOnly;
+
+/// A datapath shows its bytes by no NBD server, which xapi asks for in migrations alone.
+#[derive(Debug, thiserror::Error)]
+#[error("Datapath.attach answers no Nbd, by which the bytes are looked at")]
+pub(super) struct NoNbd;
+
+/// No datapath plugin lies beside the volume plugin.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no datapath plugin")]
+pub(super) struct NoDatapath;
 
 /// An SR and how to get at it.
 #[derive(Debug, Clone)]
@@ -87,7 +97,11 @@ impl Bench {
         let path = self.directory.path().join(name);
         let uuid = Uuid::new_v4().to_string();
         let request = Request::sr_create(DBG, &uuid, &place, "an SR", "for a check");
-        let config = self.call(&request).await?.string_map("SR.create")?;
+        // One without is for SRs that others have made.
+        let config = match self.subject.lacks(Need::Method("SR.create")) {
+            Some(_) => place,
+            None => self.call(&request).await?.string_map("SR.create")?,
+        };
         lock(&self.made).push(config.clone());
         let sr = self.attach_sr(&config).await?;
         Ok(AttachedSr { sr, uuid, path, config })
@@ -127,7 +141,7 @@ impl Bench {
         let scheme = uri.and_then(|uri| uri.split_once(':')).map(|(scheme, _)| scheme);
         let plugins = &self.host.datapath_plugins;
         let chosen = scheme.and_then(|s| plugins.get(s)).or_else(|| plugins.values().next());
-        Ok(&chosen.context("there is no datapath plugin")?.dir)
+        Ok(&chosen.ok_or(NoDatapath)?.dir)
     }
 
     /// Calls a script; the answer is decoded as the daemon would.
@@ -166,7 +180,18 @@ impl Bench {
 
     /// `Volume.create` of so many bytes.
     pub async fn create(&self, size: i64) -> Result<Volume> {
-        self.volume_answer(&Request::volume_create(DBG, &self.sr.sr, "a disk", "for a check", size, false)).await
+        self.made(&Request::volume_create(DBG, &self.sr.sr, "a disk", "for a check", size, false)).await
+    }
+
+    /// A call that makes a volume, with the URI that its datapath will be called by: xapi asks Volume.stat for it each
+    /// time, and does not use the one in this answer (ocaml/xapi-storage-script/main.ml).
+    pub(super) async fn made(&self, request: &Request) -> Result<Volume> {
+        let volume = self.volume_answer(request).await?;
+        // This project's are the same, for which there is a check.
+        if self.subject.own_layout {
+            return Ok(volume);
+        }
+        Ok(Volume { uri: self.stat(&volume.key).await?.uri, ..volume })
     }
 
     /// A call that answers a volume.
@@ -181,12 +206,12 @@ impl Bench {
 
     /// `Volume.snapshot`
     pub async fn snapshot(&self, key: &str) -> Result<Volume> {
-        self.volume_answer(&Request::volume("Volume.snapshot", DBG, &self.sr.sr, key)).await
+        self.made(&Request::volume("Volume.snapshot", DBG, &self.sr.sr, key)).await
     }
 
     /// `Volume.clone`
     pub async fn clone_of(&self, key: &str) -> Result<Volume> {
-        self.volume_answer(&Request::volume("Volume.clone", DBG, &self.sr.sr, key)).await
+        self.made(&Request::volume("Volume.clone", DBG, &self.sr.sr, key)).await
     }
 
     /// `Volume.destroy`
@@ -231,11 +256,16 @@ impl Bench {
         self.datapath("Datapath.detach", volume, domain).await
     }
 
-    /// Attaches and activates a volume for writing, and says where its NBD server is.
-    pub async fn plug(&self, volume: &Volume, domain: &str) -> Result<Uri> {
+    /// Attaches and activates a volume for writing.
+    pub async fn start(&self, volume: &Volume, domain: &str) -> Result<Attached> {
         let attached = self.attach(volume, domain).await?;
         self.activate(volume, domain).await?;
-        nbd_of(&attached)
+        Ok(attached)
+    }
+
+    /// Attaches and activates a volume for writing, and says where its NBD server is.
+    pub async fn plug(&self, volume: &Volume, domain: &str) -> Result<Uri> {
+        nbd_of(&self.start(volume, domain).await?)
     }
 
     /// Attaches a volume, activates it read-only, and says where its NBD server is.
@@ -333,6 +363,7 @@ impl Bench {
             }
         }
         for volume in self.ls().await? {
+            self.take_down(&volume, &used).await;
             self.destroy(&volume.key).await?;
         }
         let left = self.ls().await?;
@@ -346,9 +377,28 @@ impl Bench {
             ensure!(left.is_empty(), "left over: {left:?}");
             return Ok(());
         }
+        if self.subject.lacks(Need::Method("SR.destroy")).is_some() {
+            return Ok(());
+        }
         // As xapi does it: SR.destroy is of an SR that was attached for it.
         let sr = self.attach_sr(&self.sr.config).await?;
         self.call(&Request::sr("SR.destroy", DBG, &sr)).await.map(drop)
+    }
+
+    /// Takes down what calls have set up that were not remembered: those that were printed by hand, or made several
+    /// things at once. This project's is known to have none left.
+    async fn take_down(&self, volume: &Volume, used: &BTreeSet<(String, String)>) {
+        if self.subject.own_layout {
+            return;
+        }
+        let domains: BTreeSet<&str> = used.iter().map(|(_, domain)| domain.as_str()).chain(["7"]).collect();
+        for domain in domains {
+            for method in ["Datapath.deactivate", "Datapath.detach"] {
+                if let Ok(uri) = uri_of(volume) {
+                    let _ = self.call(&Request::datapath(method, DBG, uri, domain)).await;
+                }
+            }
+        }
     }
 
     /// Takes away what a check that failed has left, as far as the plugin lets it. SRs that are directories go with
@@ -368,6 +418,7 @@ impl Bench {
             let Ok(sr) = self.attach_sr(&config).await else { continue };
             let listed = self.call(&Request::sr("SR.ls", DBG, &sr)).await;
             for volume in listed.ok().and_then(|answer| Volume::decode_list(&answer).ok()).unwrap_or_default() {
+                self.take_down(&volume, &used).await;
                 let _ = self.call(&Request::volume("Volume.destroy", DBG, &sr, &volume.key)).await;
             }
             let _ = self.call(&Request::sr("SR.destroy", DBG, &sr)).await;
@@ -406,7 +457,7 @@ pub fn uri_of(volume: &Volume) -> Result<&str> {
 
 /// The NBD server that xapi would use.
 pub fn nbd_of(attached: &Attached) -> Result<Uri> {
-    Ok(Uri::parse(attached.nbd().context("attach answered no Nbd")?)?)
+    Ok(Uri::parse(attached.nbd().ok_or(NoNbd)?)?)
 }
 
 /// The failure of a call that has to be refused by the plugin itself, in a well-formed way.

@@ -26,7 +26,11 @@ pub(super) fn checks(group: &mut Group<'_>) {
         one_volume,
     );
     group.add("sixteen processes make mixed calls on volumes of their own", &[SNAPSHOT, CLONE], several_volumes);
-    group.add("sixteen processes set sixteen keys of one volume and none is lost", &[], keys);
+    group.add(
+        "sixteen processes set sixteen keys of one volume and none is lost",
+        &[Need::Method("Volume.set")],
+        keys,
+    );
     group.add("sixteen processes create and destroy while the SR is listed", &[], create_destroy);
     group.add("datapath calls of many domains and snapshots of one volume at once", &[SNAPSHOT], datapaths);
     group.add("SR.attach, SR.detach and SR.ls by many processes at once", &[], attach_detach);

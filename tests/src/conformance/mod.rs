@@ -48,6 +48,7 @@ mod xcp_ng;
 
 use std::fmt;
 use std::future::Future;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -55,6 +56,8 @@ use serde::Serialize;
 
 pub use bench::{AttachedSr, Bench, DBG, MIB, refused, uri_of};
 pub use subject::Subject;
+
+use crate::wire::Failure;
 
 /// What a check needs to make sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,11 +161,30 @@ impl Check {
         bench.end_what_is_left().await;
         match (checked, cleaned) {
             (Ok(()), Ok(())) => Outcome::Passed,
-            (Err(error), _) if error.is::<bench::OneSrOnly>() => Outcome::Skipped(error.to_string()),
-            (Err(error), _) => Outcome::Failed(format!("{error:#}{reasons}")),
+            (Err(error), _) => match lacking(subject, &error) {
+                Some(what) => Outcome::Skipped(what),
+                None => Outcome::Failed(format!("{error:#}{reasons}")),
+            },
             (Ok(()), Err(error)) => Outcome::Failed(format!("cleaning up afterwards: {error:#}")),
         }
     }
+}
+
+/// What a check went without that a plugin need not have; none if it found something wrong.
+fn lacking(subject: &Subject, error: &anyhow::Error) -> Option<String> {
+    if let Some(one) = error.downcast_ref::<bench::OneSrOnly>() {
+        return Some(one.to_string());
+    }
+    if let Some(none) = error.downcast_ref::<bench::NoDatapath>() {
+        return Some(none.to_string());
+    }
+    if let Some(none) = error.downcast_ref::<bench::NoNbd>() {
+        // Who can be mirrored to is written to by NBD.
+        return subject.lacks(Need::Feature("VDI_MIRROR_IN")).map(|_| none.to_string());
+    }
+    let missing = error.downcast_ref::<Failure>().filter(|failure| failure.code == "SCRIPT_MISSING")?;
+    let script = Path::new(missing.params.first()?).file_name()?.to_str()?;
+    subject.lacks_script(script)
 }
 
 /// Collects the checks of one group.

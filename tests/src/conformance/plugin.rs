@@ -28,10 +28,30 @@ const FEATURES: &[(&str, &str)] = &[
     ("NONPERSISTENT", "Datapath.open"),
 ];
 
+/// What xapi does with any SR and any disk, the script by which, and the scripts of which one has to be there for it to
+/// get so far; none if it does in any case (ocaml/xapi-storage-script/main.ml).
+const NEEDED: &[(&str, &str, &[&str])] = &[
+    ("PBD.plug attaches the SR", "SR.attach", &[]),
+    ("PBD.plug asks what was attached", "SR.stat", &[]),
+    ("PBD.unplug detaches the SR", "SR.detach", &[]),
+    ("a scan lists the volumes", "SR.ls", &[]),
+    ("every call of a datapath asks for the volume's URI before", "Volume.stat", &[]),
+    ("VDI.create, snapshot and clone store what kind of a disk it is", "Volume.set", MAKERS),
+    ("VDI.destroy destroys the volume", "Volume.destroy", MAKERS),
+    ("VBD.plug attaches the volume", "Datapath.attach", &[]),
+    ("VBD.plug activates the volume", "Datapath.activate", &[]),
+    ("VBD.unplug deactivates the volume", "Datapath.deactivate", &[]),
+    ("VBD.unplug detaches the volume", "Datapath.detach", &[]),
+];
+
+/// The scripts that make volumes.
+const MAKERS: &[&str] = &["Volume.create", "Volume.snapshot", "Volume.clone"];
+
 pub(super) fn checks(group: &mut Group<'_>) {
     group.add("Plugin.Query of the volume plugin names the SR type and a known API version", &[], query);
     group.add("Plugin.Query of the datapath plugin names an API version that the daemon takes", &[], datapath_query);
     group.add("Plugin.Query advertises only features whose scripts are there", &[], features);
+    group.add("the scripts are there without which xapi can do nothing with an SR and its disks", &[], needed);
     group.add("Plugin.diagnostics answers a text", &[Need::Method("Plugin.diagnostics")], diagnostics);
     group.add("Plugin.ls lists the attached SRs, and no detached one", &[Need::Method("Plugin.ls")], ls);
     group.add("every script accepts a dbg with a trace context behind a newline", &[], trace_context);
@@ -63,9 +83,20 @@ async fn features(b: Arc<Bench>) -> Result<()> {
     for feature in declared.chain(b.host.datapath_plugins.values().flat_map(|plugin| &plugin.query.features)) {
         let bare = feature.split('/').next().unwrap_or_default();
         if let Some((_, method)) = FEATURES.iter().find(|(known, _)| *known == bare) {
-            b.script(method).with_context(|| format!("{feature} is advertised without {method}"))?;
+            ensure!(b.script(method).is_ok(), "{feature} is advertised without {method}");
         }
     }
+    Ok(())
+}
+
+async fn needed(b: Arc<Bench>) -> Result<()> {
+    let is_there = |script: &&str| b.subject.lacks_script(script).is_none();
+    let is_missing = |(_, script, makers): &&(&str, &str, &[&str])| {
+        !is_there(script) && (makers.is_empty() || makers.iter().any(is_there))
+    };
+    let missing: Vec<_> =
+        NEEDED.iter().filter(is_missing).map(|(what, script, _)| format!("{what}: {script}")).collect();
+    ensure!(missing.is_empty(), "there is no script by which\n{}", missing.join("\n"));
     Ok(())
 }
 

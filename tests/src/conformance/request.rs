@@ -120,11 +120,11 @@ async fn about_a_volume(b: &Bench, method: &'static str) -> Result<Request> {
             Request::datapath(method, DBG, uri, "7")
         }
         "Datapath.import_activate" => {
-            b.plug(&volume, "MIR0a1b2c").await?;
+            b.start(&volume, "MIR0a1b2c").await?;
             Request::datapath(method, DBG, uri, "MIR0a1b2c")
         }
         "Datapath.deactivate" => {
-            b.plug(&volume, "7").await?;
+            b.start(&volume, "7").await?;
             Request::datapath(method, DBG, uri, "7")
         }
         "Data.mirror" => {

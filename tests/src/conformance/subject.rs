@@ -97,7 +97,7 @@ impl Subject {
     /// Says what is missing of a need, if it is.
     pub(super) fn lacks(&self, need: Need) -> Option<String> {
         match need {
-            Need::Method(name) => (!self.has(name)).then(|| format!("the plugin has no {name}")),
+            Need::Method(name) => self.lacks_script(name),
             Need::Feature(name) => {
                 let known = self.features.iter().any(|f| f.split('/').next() == Some(name));
                 (!known).then(|| format!("the plugin has not the feature {name}"))
@@ -108,8 +108,9 @@ impl Subject {
         }
     }
 
-    fn has(&self, method: &str) -> bool {
-        self.methods.contains(&method.to_ascii_lowercase())
+    /// Says that a script is missing, if it is.
+    pub(super) fn lacks_script(&self, method: &str) -> Option<String> {
+        (!self.methods.contains(&method.to_ascii_lowercase())).then(|| format!("the plugin has no {method}"))
     }
 
     /// The device-config of an SR in a directory.

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 use super::{Check, Outcome, Subject, Tally, all_checks};
 
@@ -75,11 +76,25 @@ pub async fn run(
     mut tell: impl FnMut(&Verdict) -> Result<()>,
 ) -> Result<Report> {
     let jobs = Arc::new(Semaphore::new(jobs.max(1)));
-    let mut running = VecDeque::new();
+    let mut running: VecDeque<JoinHandle<(Outcome, Verdict)>> = VecDeque::new();
+    let mut report = Report::default();
+    let mut ended = |ended: (Outcome, Verdict)| {
+        let (outcome, verdict) = ended;
+        report.tally.count(&outcome);
+        let told = tell(&verdict);
+        report.checks.push(verdict);
+        told
+    };
     for check in checks {
-        let (subject, jobs) = (subject.clone(), Arc::clone(&jobs));
+        // In their order, so that those that are over can be told of.
+        let permit = Arc::clone(&jobs).acquire_owned().await?;
+        while running.front().is_some_and(JoinHandle::is_finished)
+            && let Some(first) = running.pop_front()
+        {
+            ended(first.await?)?;
+        }
+        let subject = subject.clone();
         running.push_back(tokio::spawn(async move {
-            let permit = jobs.acquire().await;
             let start = Instant::now();
             let outcome = check.run(&subject).await;
             drop(permit);
@@ -87,12 +102,8 @@ pub async fn run(
             (outcome.clone(), verdict(check, outcome, seconds))
         }));
     }
-    let mut report = Report::default();
     for check in running {
-        let (outcome, verdict) = check.await?;
-        report.tally.count(&outcome);
-        tell(&verdict)?;
-        report.checks.push(verdict);
+        ended(check.await?)?;
     }
     Ok(report)
 }

@@ -75,7 +75,9 @@ async fn repeat(b: Arc<Bench>, method: &'static str, how: How) -> Result<()> {
     let after = b.ls().await?;
     if MAKING.contains(&method) {
         let (one, other) = (Volume::decode(&one, "one")?, Volume::decode(&other, "other")?);
-        ensure!(one.key != other.key && one.uri != other.uri, "both made {}", one.key);
+        ensure!(one.key != other.key, "both made {}", one.key);
+        let (one, other) = (b.stat(&one.key).await?, b.stat(&other.key).await?);
+        ensure!(one.uri != other.uri, "{} and {} are both {:?}", one.key, other.key, one.uri);
         ensure!(after.len() == before.len() + 2, "{} volumes became {}", before.len(), after.len());
         for made in [one, other] {
             ensure!(after.iter().any(|v| v.key == made.key), "{} was made and is not listed", made.key);

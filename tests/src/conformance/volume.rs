@@ -32,7 +32,7 @@ pub(super) fn checks(group: &mut Group<'_>) {
     group.add("a volume's key is its uuid, since xapi uses either as the location", &[], key_is_uuid);
     group.add("Volume.create makes at least as many bytes as asked, whatever the alignment", &[], odd_sizes);
     group.add("Volume.create stores any name and description exactly", &[], names);
-    group.add("Volume.create remembers that a volume is sharable", &[], sharable);
+    group.add("Volume.create remembers that a volume is sharable, or refuses one", &[], sharable);
     group.add("Volume.set and Volume.unset are seen in the keys of stat and ls", &[SET], set);
     group.add("Volume.set replaces a value, and Volume.unset of an absent key succeeds", &[SET], set_again);
     group.add("Volume.set of a value of a mebibyte keeps it exactly", &[SET], set_large);
@@ -59,14 +59,32 @@ pub(super) fn checks(group: &mut Group<'_>) {
 
 async fn same_everywhere(b: &Bench, volume: &Volume) -> Result<()> {
     let stat = b.stat(&volume.key).await?;
-    ensure!(stat == *volume, "answered {volume:?}, but stat tells {stat:?}");
+    ensure!(stat == *volume, "{}", differences(volume, &stat, "stat tells"));
     let listed: Vec<Volume> = b.ls().await?.into_iter().filter(|v| v.key == volume.key).collect();
-    ensure!(listed == [stat], "answered {volume:?}, but ls has {listed:?}");
+    ensure!(listed.len() == 1, "SR.ls has {} volumes of this key", listed.len());
+    ensure!(listed == [stat], "{}", differences(volume, &listed[0], "ls has"));
     Ok(())
 }
 
+/// What is not the same, a line each.
+fn differences(volume: &Volume, other: &Volume, who: &str) -> String {
+    macro_rules! fields {
+        ($($field:ident)*) => {
+            [$((stringify!($field), format!("{:?}", volume.$field), format!("{:?}", other.$field))),*]
+        };
+    }
+    let fields = fields! {
+        key uuid name description read_write sharable virtual_size physical_utilisation uri keys volume_type cbt_enabled
+    };
+    let different = fields.into_iter().filter(|(_, one, other)| one != other);
+    let told = different.map(|(field, one, other)| format!("{field}: answered {one}, but {who} {other}"));
+    told.collect::<Vec<_>>().join("\n")
+}
+
 async fn create(b: Arc<Bench>) -> Result<()> {
-    let volume = b.create(5 * MIB).await?;
+    // As it was answered, whatever xapi will go by.
+    let request = Request::volume_create(DBG, &b.sr.sr, "a disk", "for a check", 5 * MIB, false);
+    let volume = b.volume_answer(&request).await?;
     ensure!((volume.name.as_str(), volume.description.as_str()) == ("a disk", "for a check"), "{volume:?}");
     ensure!(volume.read_write && !volume.sharable && volume.keys.is_empty(), "{volume:?}");
     ensure!(volume.virtual_size == 5 * MIB && volume.physical_utilisation >= 0, "{volume:?}");
@@ -95,7 +113,7 @@ async fn names(b: Arc<Bench>) -> Result<()> {
     for name in ["", "\" ' ` $(x) ; \\", "a\nb\tc\r", "a\u{0}b", "ünïcode ☃ 𝄞", "../../etc/passwd", "%s%n{}", &long]
     {
         let request = Request::volume_create(DBG, &b.sr.sr, name, name, MIB, false);
-        let volume = b.volume_answer(&request).await?;
+        let volume = b.made(&request).await?;
         ensure!(volume.name == name && volume.description == name, "a name of {} bytes is changed", name.len());
         same_everywhere(&b, &volume).await?;
         b.destroy(&volume.key).await?;
@@ -105,7 +123,11 @@ async fn names(b: Arc<Bench>) -> Result<()> {
 
 async fn sharable(b: Arc<Bench>) -> Result<()> {
     let request = Request::volume_create(DBG, &b.sr.sr, "shared", "", MIB, true);
-    let volume = b.volume_answer(&request).await?;
+    let made = b.made(&request).await;
+    if made.is_err() {
+        return refused(made).map(drop);
+    }
+    let volume = made?;
     ensure!(volume.sharable, "{volume:?}");
     same_everywhere(&b, &volume).await
 }

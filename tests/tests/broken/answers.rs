@@ -106,6 +106,15 @@ pub fn faults() -> Vec<Fault> {
             },
         ),
         Fault {
+            without: "Volume.set",
+            ..fault(
+                "a script is missing that xapi cannot do without",
+                "plugin: the scripts are there without which xapi can do nothing with an SR and its disks",
+                "Volume.set",
+                |_| None,
+            )
+        },
+        Fault {
             without: "Data.mirror",
             ..fault(
                 "a feature is advertised without its script",

@@ -59,7 +59,7 @@ pub fn faults() -> Vec<Fault> {
         ),
         fault(
             "SR.destroy destroys an SR with its volumes",
-            "sr: SR.destroy of an SR with volumes is refused, and they are all there after it",
+            "sr: SR.destroy of an SR with volumes is refused and leaves them all, or destroys them all",
             "not refused",
             |call| {
                 let answer = call.is(&["SR.destroy"]).then(|| call.answer())??;

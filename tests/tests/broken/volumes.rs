@@ -22,7 +22,7 @@ pub fn faults() -> Vec<Fault> {
         ),
         fault(
             "what is sharable is forgotten",
-            "volume: Volume.create remembers that a volume is sharable",
+            "volume: Volume.create remembers that a volume is sharable, or refuses one",
             "sharable",
             |call| call.is(&["Volume.create"]).then(|| call.other("Volume.create", &json!({"sharable": false})))?,
         ),
