@@ -2,7 +2,7 @@
 //!
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
 //! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`]. The same executable, called
-//! with another argument, is the supervisor of a mirror or the relay of an import.
+//! with another argument, is the supervisor of a mirror, the relay of an import, or the worker that brings space back.
 
 mod about;
 mod data;
@@ -15,6 +15,7 @@ mod task;
 
 use std::process::ExitCode;
 
+use plugin::gc;
 use plugin::host::Host;
 use plugin::smapi::{self, Method, typed};
 
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     let entry = arguments.next().unwrap_or_default();
     let run = match entry.to_str() {
+        Some(gc::ENTRY) => return gc::main(&Host::from_environment(), &arguments.next().unwrap_or_default()),
         Some(mirror::ENTRY) => mirror::main,
         Some(import::ENTRY) => import::main,
         _ => return smapi::main(METHODS),

@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use crate::attachment::Attachment;
 use crate::error::{Error, Result};
+use crate::gc;
 use crate::host::Host;
 use crate::id::{ContentId, Domain, NodeId, VolumeKey, VolumeUri};
 use crate::mirror::Base;
@@ -218,7 +219,13 @@ pub fn detach(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
         }
         Ok(tree) => tree,
     };
-    with_attachment(host, uri, tree, |attachment| block_on(attachment.detach(domain)))
+    let merges = tree.as_ref().filter(|tree| tree.has_merges()).map(|tree| tree.sr().clone());
+    with_attachment(host, uri, tree, |attachment| block_on(attachment.detach(domain)))?;
+    // They may have waited for this.
+    if let Some(sr) = merges {
+        gc::start(host, &sr);
+    }
+    Ok(())
 }
 
 /// Makes this host's claim on a volume say what is open here, which is nothing after the host was booted. What a guest

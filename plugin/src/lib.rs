@@ -21,6 +21,7 @@
 pub mod activation;
 pub mod attachment;
 pub mod error;
+pub mod gc;
 pub mod host;
 pub mod id;
 pub mod lock;

@@ -1,7 +1,8 @@
 //! The SMAPIv3 volume plugin `qcow2`: SRs that are directories, volumes that are trees of qcow2 files.
 //!
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What is on
-//! disk, and how it is changed, is in [`plugin::store`].
+//! disk, and how it is changed, is in [`plugin::store`]. Called with another argument it is the worker that brings space
+//! back ([`plugin::gc`]).
 
 mod about;
 mod request;
@@ -11,6 +12,8 @@ mod vol;
 
 use std::process::ExitCode;
 
+use plugin::gc;
+use plugin::host::Host;
 use plugin::smapi::{self, Method, typed};
 
 /// What this plugin answers.
@@ -58,5 +61,9 @@ const METHODS: &[Method] = &[
 ];
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|entry| entry == gc::ENTRY) {
+        return gc::main(&Host::from_environment(), &arguments.next().unwrap_or_default());
+    }
     smapi::main(METHODS)
 }

@@ -195,6 +195,9 @@ proptest! {
             history.step(kind, which, block, count);
         }
         history.check();
+        // Again, when what nobody names was merged.
+        history.bench.gc();
+        history.check();
     }
 }
 

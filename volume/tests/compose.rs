@@ -200,7 +200,7 @@ fn a_chain_that_would_be_too_long_is_refused() {
     let mut tree = bench.tree(&parent);
     // As many nodes as are allowed below the child, and then one more, without making that many snapshots.
     let mut below = tree["volumes"][&parent]["node"].as_str().unwrap().to_owned();
-    for _ in 1..plugin::store::compose::MAX_CHAIN {
+    for _ in 1..plugin::store::plan::MAX_CHAIN {
         let node = uuid::Uuid::new_v4().to_string();
         let directory = bench.tree_directory(&parent);
         let backing = format!("{below}.qcow2");

@@ -112,7 +112,7 @@ fn a_snapshot_waits_for_the_disk_five_times_and_a_new_volume_too() {
 #[test]
 fn no_call_waits_for_another_disks_lock_or_for_the_srs() {
     let bench = Bench::new();
-    fs::write(bench.host.root.join("etc/xapi-storage-qcow2.json"), r#"{"lock_seconds": 1}"#).unwrap();
+    fs::write(bench.host.root.join("etc/xapi-storage-qcow2.json"), r#"{"lock_seconds": 1, "gc": false}"#).unwrap();
     let (volume, other) = (bench.create(MIB), bench.create(MIB));
     let take = |path: &std::path::Path| FileLock::acquire(&path.join("lock"), Duration::ZERO).unwrap();
     let _held = (take(&bench.path), take(&bench.tree_directory(&other)));

@@ -446,3 +446,37 @@ fn keys_that_tell_of_snapshots_that_are_none_change_nothing() {
     bench.destroy(&snapshot);
     bench.check();
 }
+
+#[test]
+fn without_space_nodes_stay_two_and_everything_reads_the_same() {
+    let Some(small) = Small::new() else {
+        return eprintln!("skipped: no loop devices or no right to mount");
+    };
+    let bench = small.bench.as_ref().unwrap();
+    let volume = bench.create(4 * MIB);
+    support::write(&bench.node_file(&volume), 1, 0, 2 * MIB);
+    let snapshot = bench.snapshot(&volume);
+    support::write(&bench.node_file(&volume), 2, 3 * MIB, MIB);
+    bench.destroy(&snapshot);
+    let reads = || {
+        for (pattern, at, length) in [(1, 0, 2 * MIB), (0, 2 * MIB, MIB), (2, 3 * MIB, MIB)] {
+            support::assert_reads(&bench.node_file(&volume), pattern, at, length);
+        }
+    };
+    for leave in [0, 16 << 10, 200 << 10, 700 << 10] {
+        small.fill(leave);
+        let log = bench.host.gc(&bench.sr);
+        assert!(log.contains("no space left"), "{leave}: {log}");
+        let tree = bench.tree(&volume);
+        assert_eq!((tree.get("merge"), tree["nodes"].as_object().unwrap().len()), (None, 2), "{tree}");
+        reads();
+        let text = bench.host.call("Plugin.diagnostics", json!({"dbg": ""}));
+        assert!(text.as_str().unwrap().contains("failed: "), "{text}");
+        bench.check();
+    }
+    small.fill(8 * MIB);
+    bench.gc();
+    assert_eq!(bench.tree(&volume)["nodes"].as_object().unwrap().len(), 1);
+    reads();
+    bench.check();
+}

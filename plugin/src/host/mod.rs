@@ -30,6 +30,7 @@ pub const ROOT_VARIABLE: &str = "XAPI_STORAGE_QCOW2_ROOT";
 ///     srs/<sr uuid>.json           an attached SR: where it is
 ///     volumes/<volume uuid>/       a volume with a datapath: its daemon, sockets and state
 ///     mirrors/<mirror key>/        a mirror: its supervisor and state
+///     gc/<sr uuid>.json            what the last one that brought space back did
 /// ```
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -112,6 +113,11 @@ impl Host {
     /// Gives the runtime directory of a volume.
     pub fn volume_dir(&self, volume: VolumeKey) -> PathBuf {
         self.runtime_dir().join(format!("volumes/{volume}"))
+    }
+
+    /// Gives the directory in which a worker makes sockets; with the extension `json` it is the worker's record.
+    pub fn gc_dir(&self, sr: SrUuid) -> PathBuf {
+        self.runtime_dir().join(format!("gc/{sr}"))
     }
 
     /// Gives the runtime directory of a mirror.

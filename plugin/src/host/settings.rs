@@ -30,6 +30,8 @@ pub struct Settings {
     pub difference: bool,
     /// Whether source and destination are compared after a mirror that did not send everything.
     pub verify: bool,
+    /// Whether space is brought back by itself.
+    pub gc: bool,
 }
 
 impl Default for Settings {
@@ -43,6 +45,7 @@ impl Default for Settings {
             file_system_seconds: 10,
             difference: true,
             verify: false,
+            gc: true,
         }
     }
 }

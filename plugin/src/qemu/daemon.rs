@@ -240,7 +240,7 @@ fn arguments(directory: &Path) -> Result<Vec<OsString>> {
 }
 
 /// Gives a socket's option; in QEMU's options a comma in a value is doubled.
-fn chardev(id: &str, path: &Path) -> Result<OsString> {
+pub(super) fn chardev(id: &str, path: &Path) -> Result<OsString> {
     let path = text(path)?.replace(',', ",,");
     Ok(format!("socket,id={id},path={path},server=on,wait=off").into())
 }

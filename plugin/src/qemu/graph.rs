@@ -134,7 +134,7 @@ fn export_commands(node: NodeId, export: &Export<'_>) -> Vec<(&'static str, Valu
 /// # Errors
 ///
 /// When the last one cannot be executed: the first refusal of the second time.
-async fn carry_out(client: &Client, mut commands: Vec<(&'static str, Value)>) -> Result<()> {
+pub(super) async fn carry_out(client: &Client, mut commands: Vec<(&'static str, Value)>) -> Result<()> {
     loop {
         let answers = client.execute_all(&commands).await?;
         if answers.last().is_none_or(Result::is_ok) {
@@ -464,6 +464,26 @@ fn image_commands(image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<
         }),
     };
     node_commands(image, mode, &node_name(image.node), &file_name, below, backing)
+}
+
+/// Gives the commands that add an image's nodes as they are, for a job that copies what is there: nothing between the two,
+/// and nothing made of what is written.
+pub(super) fn plain_commands(
+    image: &Image,
+    mode: Mode,
+    backing: Option<NodeId>,
+) -> Result<[(&'static str, Value); 2]> {
+    let file_name = file_name(image.node);
+    let [file, _] = node_commands(image, mode, "", &file_name, Value::Null, None)?;
+    Ok([file, ("blockdev-add", plain_options(image, mode, backing))])
+}
+
+/// Gives the options of the upper one of these nodes.
+pub(super) fn plain_options(image: &Image, mode: Mode, backing: Option<NodeId>) -> Value {
+    let mut options = format_options(&node_name(image.node), file_name(image.node).into(), mode);
+    options["detect-zeroes"] = "off".into();
+    options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
+    options
 }
 
 /// Gives the commands that add an image's nodes under the names given, with what lies below the upper one.

@@ -131,8 +131,8 @@ pub fn resize(path: &Path, virtual_size: u64, lock: Option<&FileLock>) -> Result
     sync(path)
 }
 
-/// Gives an image that nobody has open another backing string, durably; its data is left as it is, and neither its old
-/// backing nor the new one is opened. The lock is held as in [`resize`].
+/// Gives an image that nobody has open another backing string, durably, or with an empty one none; its data is left as it
+/// is, and neither its old backing nor the new one is opened. The lock is held as in [`resize`].
 ///
 /// # Errors
 ///
@@ -223,6 +223,28 @@ pub fn check(path: &Path) -> Result<Check> {
         Some(0 | CORRUPTIONS_FOUND | LEAKS_FOUND) => decode("qemu-img check", path, &output.stdout),
         _ => Err(program::failure(&doing, &output)),
     }
+}
+
+/// Checks the metadata of an image that nobody has open, and frees what is taken in it and not used. The lock is held as
+/// in [`resize`].
+///
+/// # Errors
+///
+/// As [`check`].
+pub fn repair_leaks(path: &Path, lock: Option<&FileLock>) -> Result<Check> {
+    let found = check(path)?;
+    if found.leaks == 0 || found.corruptions + found.check_errors > 0 {
+        return Ok(found);
+    }
+    let mut command = qemu_img("check")?;
+    command.args(["-q", "-r", "leaks", "-f", "qcow2", "--"]).arg(path);
+    let doing = format!("qemu-img check -r leaks {}", path.display());
+    let output = program::run_holding(&mut command, lock, &doing, LONG_PATIENCE)?;
+    if !output.status.success() {
+        return Err(program::failure(&doing, &output));
+    }
+    sync(path)?;
+    check(path)
 }
 
 /// Starts a command line.

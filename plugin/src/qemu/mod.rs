@@ -10,6 +10,7 @@
 //!        └───────► qmp      the daemon's monitor
 //!
 //!   store ───────► img      qemu-img, for images that nobody has open
+//!   gc ──────────► merge    a storage daemon that copies between two layers, and ends
 //! ```
 //!
 //! QEMU never learns a chain from the images themselves: every layer is given to it, with its format and its
@@ -19,6 +20,7 @@ pub mod daemon;
 pub mod devices;
 pub mod graph;
 pub mod img;
+pub mod merge;
 mod program;
 pub mod qmp;
 

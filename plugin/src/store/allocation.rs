@@ -148,6 +148,21 @@ impl Allocation {
         Ok(())
     }
 
+    /// Tells whether there are tables for any of `count` blocks from `first` on; where there are none the file has nothing.
+    pub fn has_tables(&self, first: u64, count: u64) -> bool {
+        let reach = (1_u64 << self.cluster_bits) / self.entry * (1_u64 << self.cluster_bits);
+        let (from, until) = (first * BLOCK / reach, ((first + count) * BLOCK).div_ceil(reach));
+        (from..until).any(|at| {
+            let entry = usize::try_from(at).ok().and_then(|at| self.l1.get(at));
+            entry.is_some_and(|entry| entry & OFFSET != 0)
+        })
+    }
+
+    /// Tells whether what the file has is known by parts of a cluster ([`super::Unit::Sector`]).
+    pub fn is_by_sector(&self) -> bool {
+        self.entry == 16
+    }
+
     /// Tells whether the file has nothing of its own: neither data nor zeroes.
     ///
     /// # Errors

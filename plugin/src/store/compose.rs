@@ -30,7 +30,7 @@ use std::io;
 use super::garbage;
 use super::header::Header;
 use super::locked::{LoadedTree, LockedTree, file_name, node_path, read};
-use super::plan;
+use super::plan::{self, MAX_CHAIN};
 use super::tree::{Intent, Node, Tree};
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -38,10 +38,6 @@ use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::qemu::img;
 use crate::record;
-
-/// The most nodes of a chain that composing makes. QEMU opens and closes a chain in a time that grows with the square
-/// of its length; with so many nodes it is some ten seconds.
-pub const MAX_CHAIN: usize = 256;
 
 /// Plans which nodes a composed volume keeps, with their new parents. `is_empty` tells whether a node has nothing of
 /// its own; it is not asked for the volume's own node, which is always kept.

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::changed::CHANGED_SUFFIX;
+use super::coalesce;
 use super::locked::{LockedTree, NODE_SUFFIX, read};
 use super::sr::{NEW, OLD, Sr};
 use super::tree::Tree;
@@ -20,14 +21,15 @@ impl Sr {
     /// directories of trees that were never finished or are gone, symlinks of volumes that do not exist.
     ///
     /// The caller holds the SR's lock. A tree that is locked is left alone: whoever holds its lock removes its own
-    /// garbage. What cannot be removed is logged and left.
+    /// garbage. What cannot be removed is logged and left. Tells whether a tree has nodes that could be merged.
     ///
     /// # Errors
     ///
     /// When the SR's directories cannot be listed.
-    pub fn sweep(&self, host: &Host, _lock: &FileLock) -> Result<()> {
+    pub fn sweep(&self, host: &Host, _lock: &FileLock) -> Result<bool> {
         self.sweep_records()?;
         let trees = self.trees();
+        let mut has_merges = false;
         for entry in self.entries(&trees)? {
             let name = entry.map_err(Error::on("listing", &trees))?.file_name();
             let Some(name) = name.to_str() else {
@@ -35,17 +37,20 @@ impl Sr {
             };
             let directory = trees.join(name);
             let swept = if name.starts_with(NEW) || name.starts_with(OLD) {
-                remove_abandoned(&directory)
+                remove_abandoned(&directory).map(|()| false)
             } else if let Ok(id) = name.parse() {
                 self.sweep_unlocked(host, id)
             } else {
-                Ok(())
+                Ok(false)
             };
-            if let Err(error) = swept {
-                tracing::warn!(error = error.chain(), path = %directory.display(), "garbage is left for later");
+            match swept {
+                Ok(found) => has_merges |= found,
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), path = %directory.display(), "garbage is left for later");
+                }
             }
         }
-        self.sweep_links()
+        self.sweep_links().map(|()| has_merges)
     }
 
     /// Removes records of the SR itself that were not finished.
@@ -59,19 +64,23 @@ impl Sr {
         Ok(())
     }
 
-    /// Finishes what was begun in a tree and removes its garbage, unless it is locked or gone.
-    fn sweep_unlocked(&self, host: &Host, id: TreeId) -> Result<()> {
+    /// Finishes what was begun in a tree and removes its garbage, unless it is locked or gone. Tells whether it has nodes
+    /// that could be merged.
+    fn sweep_unlocked(&self, host: &Host, id: TreeId) -> Result<bool> {
         let directory = self.tree_directory(id);
         let Some(lock) = try_lock(&directory)? else {
-            return Ok(());
+            return Ok(false);
         };
         let Some(loaded) = self.read_tree(id)? else {
-            return Ok(());
+            return Ok(false);
         };
         let mut tree = LockedTree::new(self.clone(), loaded, lock);
         tree.finish(host)?;
         // Its last volume may have been on its way to another tree.
-        if tree.tree.volumes.is_empty() { Ok(()) } else { sweep_tree(self, &directory, &tree.tree, []) }
+        if tree.tree.volumes.is_empty() {
+            return Ok(false);
+        }
+        sweep_tree(self, &directory, &tree.tree, []).map(|()| tree.has_merges())
     }
 
     /// Removes symlinks that lead to no volume.
@@ -133,9 +142,10 @@ pub(super) fn sweep_tree(
         if node.is_some_and(|id| !nodes.contains(&id))
             || past.is_some_and(|id| !tree.history.contains_key(&id))
             || name.starts_with(record::TEMPORARY)
+            // A marker is taken out only once nobody copies any more.
+            || (tree.merge.is_none() && coalesce::FILES.contains(&name))
         {
-            let path = directory.join(name);
-            fs::remove_file(&path).map_err(Error::on("removing", &path))?;
+            record::remove(&directory.join(name))?;
         }
     }
     let referenced = tree.referenced_volumes();

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::sr::Sr;
 use crate::error::{Error, Result};
+use crate::gc;
 use crate::host::Host;
 use crate::id::SrUuid;
 use crate::smapi::{Health, SrStat};
@@ -29,7 +30,13 @@ pub fn stat(host: &Host, uuid: SrUuid) -> Result<SrStat> {
     let looked = within(patience, move || {
         let sr = Sr::attached(&asked, uuid)?;
         sr.has_directories()?;
-        sr.describe()
+        let mut stat = sr.describe()?;
+        if let Health::Healthy(remark) = &mut stat.health
+            && let Some(left) = space_left(&asked, &sr)
+        {
+            *remark = if remark.is_empty() { left } else { format!("{remark}; {left}") };
+        }
+        Ok(stat)
     });
     let looked = looked.and_then(|stat| {
         let asked = host.clone();
@@ -54,6 +61,18 @@ pub fn stat(host: &Host, uuid: SrUuid) -> Result<SrStat> {
         }),
         Ok(stat) => Ok(stat),
     }
+}
+
+/// Says what space cannot be brought back, and why.
+fn space_left(host: &Host, sr: &Sr) -> Option<String> {
+    let state = gc::State::load(host, sr.record.uuid).ok()??;
+    let undone = state.still_undone(sr);
+    let first = undone.first()?;
+    let more = match undone.len() - 1 {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    };
+    Some(format!("space of deleted volumes is not brought back: {}{more}", first.reason))
 }
 
 /// Does something that the kernel may never come back from, such as asking a file system whose server is gone. What has

@@ -132,7 +132,7 @@ impl LockedTree {
             return Ok(());
         };
         let Some(volume) = intent.volume() else {
-            return Err(Error::Internal("an intent without a volume".to_owned()));
+            return self.finish_relink();
         };
         let this = host.uuid()?;
         if self.volume(volume)?.active.iter().any(|activation| activation.host != this) {
@@ -156,6 +156,7 @@ impl LockedTree {
                 }
                 self.end_resize()
             }
+            Intent::Relink { .. } => self.finish_relink(),
         }
     }
 

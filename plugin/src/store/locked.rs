@@ -167,6 +167,16 @@ impl LockedTree {
         Ok(())
     }
 
+    /// Makes the copy of the record durable, where there is one: files are about to change so that an older one would tell
+    /// wrong things of them.
+    pub(super) fn sync_copy(&self) -> Result<()> {
+        let path = spare::path(&self.directory);
+        match File::open(&path).and_then(|file| file.sync_all()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::on("syncing", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Sets blocks aside anew, where there are any: others wait for them too.
     fn reserve_again(&self, record: usize) {
         if let Err(error) = spare::reserve(&self.directory, record) {

@@ -130,6 +130,8 @@ impl Sr {
         if tree.tree.volumes.is_empty() {
             return finished;
         }
+        // No file is to be written to meanwhile.
+        tree.stop_merge(host)?;
         let linked = self.mend_links(&tree);
         let swept = garbage::sweep_tree(self, &directory, &tree.tree, []);
         let closed = close_to_others(&tree);

@@ -8,6 +8,9 @@
 //! <sr>/trees/<tree>/<node>.qcow2        a node
 //! <sr>/trees/<tree>/<node>.changed.json what a node changed whose file is gone, or says something else since
 //! <sr>/trees/<tree>/lock                whoever changes tree.json or the files holds it
+//! <sr>/trees/<tree>/merge               whoever merges two nodes' data holds its lock, beside no other
+//! <sr>/trees/<tree>/merge.stop          asks them to stop
+//! <sr>/gc, <sr>/gc.next                 the locks of the one that merges, and of the one that is to be next
 //! <sr>/trees/<tree>/spare               blocks set aside for a tree.json, so that a full file system can be freed, and
 //!                                       a copy of it for when it is lost
 //! <sr>/trees/<tree>/tree.json.damaged   what was found in its place when it was made anew from that and the images
@@ -26,6 +29,7 @@
 mod allocation;
 mod blank;
 mod changed;
+pub mod coalesce;
 pub mod compose;
 mod content;
 mod examine;
@@ -57,6 +61,7 @@ pub use new::NewTree;
 pub use rebuild::{RECOVERED, Rebuilt};
 pub use sr::{Sr, SrRecord, is_read_only, is_same};
 pub use tree::{
-    Activation, Change, Intent, MAX_VIRTUAL_SIZE, Mode, Move, Node, Past, SIZE_UNIT, Scratch, Tree, Volume,
+    Activation, Change, Direction, Intent, MAX_VIRTUAL_SIZE, Merge, Mode, Move, Node, Past, SIZE_UNIT, Scratch, Tree,
+    Volume,
 };
 pub use uri::{sr_path, sr_uri};

@@ -39,6 +39,20 @@ pub fn size(asked: i128) -> Result<u64> {
     }
 }
 
+/// The most nodes of a chain that is made. QEMU opens and closes a chain in a time that grows with the square of its
+/// length; with so many nodes it is some ten seconds.
+pub const MAX_CHAIN: usize = 256;
+
+/// Refuses one more node on a volume's. The overlay that a clone's original needs when it is next written to is not
+/// refused: that volume could not be used any more.
+fn check_room(tree: &Tree, volume: VolumeKey, node: NodeId) -> Result<()> {
+    let length = tree.chain(node).len() + 1;
+    if length > MAX_CHAIN {
+        return Err(Error::ChainTooLong { volume: volume.to_string(), length, limit: MAX_CHAIN });
+    }
+    Ok(())
+}
+
 /// Plans a snapshot: it takes the volume's node, and the volume moves to a new empty overlay.
 ///
 /// # Errors
@@ -46,6 +60,7 @@ pub fn size(asked: i128) -> Result<u64> {
 /// [`Error::VolumeDoesNotExist`].
 pub fn snapshot(tree: &Tree, volume: VolumeKey, snapshot: VolumeKey, new_overlay: NodeId) -> Result<Change> {
     let original = tree.volume_with_data(volume)?;
+    check_room(tree, volume, original.node)?;
     let mut change = overlay(tree, volume, new_overlay, None)?;
     change.volumes = BTreeMap::from([(snapshot, copy_of(original, original.node))]);
     Ok(change)
@@ -65,6 +80,7 @@ pub fn clone(
     moves_to: Option<NodeId>,
 ) -> Result<Change> {
     let original = tree.volume_with_data(volume)?;
+    check_room(tree, volume, original.node)?;
     let mut change = match moves_to {
         Some(new_overlay) => overlay(tree, volume, new_overlay, None)?,
         None => Change::default(),
@@ -173,6 +189,8 @@ pub fn rolled_forward(tree: &Tree) -> Tree {
         }
         // What it changes here was in the record when it was begun, or is in the other tree's.
         Some(Intent::Compose { .. }) => {}
+        // The record has it already, and only the headers follow.
+        Some(Intent::Relink { .. }) => {}
     }
     after
 }
@@ -200,6 +218,7 @@ pub fn reverted(tree: &Tree, key: VolumeKey, snapshot: VolumeKey, overlay: NodeI
     if kept.data_destroyed {
         return Err(Error::DataDestroyed(snapshot.to_string()));
     }
+    check_room(tree, snapshot, kept.node)?;
     let virtual_size = tree.node(kept.node)?.virtual_size;
     let parent = Some(kept.node);
     let mut after = tree.clone();

@@ -377,7 +377,8 @@ impl Sr {
         if let Some(record) = record::read_if_present::<AttachedRecord>(&attached)? {
             record::write(&attached, &AttachedRecord { destroyed: true, ..record }, Durability::UntilReboot)?;
         }
-        for path in [&self.path.join("sr.json"), lock.path()] {
+        let worker = crate::gc::LOCKS.map(|name| self.path.join(name));
+        for path in worker.iter().chain([&self.path.join("sr.json")]).map(PathBuf::as_path).chain([lock.path()]) {
             match fs::remove_file(path) {
                 // Another call that destroys it came first, and this one waited for its lock.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -429,7 +430,8 @@ impl Sr {
         }
     }
 
-    /// Locks the tree that holds a volume, reads it, and finishes what a killed call began in it.
+    /// Locks the tree that holds a volume, reads it, and finishes what a killed call began in it. Nobody merges nodes that
+    /// the volume reads then, nor begins to while the lock is held.
     ///
     /// The caller holds no attachment, and is in no asynchronous code: finishing may need the daemon.
     ///
@@ -468,6 +470,7 @@ impl Sr {
                 locked.refuse_second_intent()?;
             }
             locked.tree.volume(key)?;
+            locked.settle(host, key)?;
             return Ok(locked);
         }
     }

@@ -21,8 +21,9 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 ///
 /// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. Format 2 may
 /// have `composed`, `scratch`, a `history`, volumes whose data was destroyed and an intent to compose. In format 3 nodes
-/// may have a `content`, in format 4 volumes an `importing`. A tree is written in the oldest format that can hold it. A field that is not known is an error:
-/// whatever adds one raises the format.
+/// may have a `content`, in format 4 volumes an `importing`. In format 5 there may be a `merge`, and an intent to relink.
+/// A tree is written in the oldest format that can hold it. A field that is not known is an error: whatever adds one
+/// raises the format.
 /// What [`Self::check`] asks for holds of every tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,9 +44,35 @@ pub struct Tree {
     /// What changed from node to node where the nodes' files no longer tell.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub history: BTreeMap<NodeId, Past>,
+    /// Two nodes whose data is being merged, or was when a host died. See [`super::coalesce`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<Merge>,
     /// An operation that was begun and whose end is not recorded; whoever locks the tree next finishes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub intent: Option<Intent>,
+}
+
+/// Two nodes of which one is to take the other's data. While this stands both are in the tree, and every volume reads
+/// the same however far the copying has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Merge {
+    /// The hidden node.
+    pub lower: NodeId,
+    /// The only node on it.
+    pub upper: NodeId,
+    /// Which of the two takes the other's data.
+    pub direction: Direction,
+}
+
+/// Where data goes in a [`Merge`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// The lower node takes what the upper one has, and then its place.
+    Down,
+    /// The upper node takes what the lower one has and it has not itself, and then lies on what that lay on.
+    Up,
 }
 
 /// One qcow2 file.
@@ -221,21 +248,31 @@ pub enum Intent {
         /// files' headers may not.
         onto: TreeId,
     },
+    /// Two nodes were merged: nodes have another parent since, and their files' headers are to say so. Nobody has any of
+    /// them open before that is done.
+    Relink {
+        /// The nodes whose parent is another one.
+        nodes: BTreeSet<NodeId>,
+    },
 }
 
 impl Intent {
-    /// Gives the volume whose daemon the operation concerns.
+    /// Gives the volume whose daemon the operation concerns, where there is one.
     pub fn volume(&self) -> Option<VolumeKey> {
         match self {
             Self::Switch(change) => change.moves.map(|moves| moves.volume),
             Self::Resize { volume, .. } | Self::Compose { volume, .. } => Some(*volume),
+            Self::Relink { .. } => None,
         }
     }
 }
 
 impl Record for Tree {
-    const FORMAT: u64 = 4;
+    const FORMAT: u64 = 5;
 }
+
+/// The format of a tree in which no nodes are merged.
+const FOURTH_FORMAT: u64 = 4;
 
 /// The format of a tree that nothing is imported to.
 const THIRD_FORMAT: u64 = 3;
@@ -256,6 +293,7 @@ impl Tree {
             composed: BTreeMap::new(),
             scratch: BTreeMap::new(),
             history: BTreeMap::new(),
+            merge: None,
             intent: None,
         }
     }
@@ -292,8 +330,11 @@ impl Tree {
 
     /// Gives the oldest format in which the tree can be written: programs that know no newer one can go on with it.
     pub fn needed_format(&self) -> u64 {
-        if self.volumes.values().any(|volume| volume.importing.is_some()) {
+        if self.merge.is_some() || matches!(self.intent, Some(Intent::Relink { .. })) {
             return Self::FORMAT;
+        }
+        if self.volumes.values().any(|volume| volume.importing.is_some()) {
+            return FOURTH_FORMAT;
         }
         if self.nodes.values().any(|node| node.content.is_some()) {
             return THIRD_FORMAT;
@@ -354,7 +395,7 @@ impl Tree {
     pub fn is_frozen(&self, id: NodeId) -> bool {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.nodes.values().any(|node| node.parent == Some(id)),
-            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => false,
+            Some(Intent::Resize { .. } | Intent::Compose { .. } | Intent::Relink { .. }) | None => false,
         };
         // What changed above it is told by what it held, also where the file that had the change is gone.
         let past = self.history.values().any(|past| past.parent == Some(id));
@@ -374,7 +415,7 @@ impl Tree {
             Some(Intent::Resize { node, .. }) => *node == id,
             // Which of the two trees needs what is not known before it is finished.
             Some(Intent::Compose { .. }) => true,
-            None => false,
+            Some(Intent::Relink { .. }) | None => false,
         };
         let held = self.volumes.values().any(|volume| volume.node == id && !volume.data_destroyed);
         let scratch = self.scratch.values().any(|scratch| scratch.node == Some(id));
@@ -385,7 +426,7 @@ impl Tree {
     pub fn referenced_nodes(&self) -> BTreeSet<NodeId> {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.nodes.keys().copied().collect(),
-            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => Vec::new(),
+            Some(Intent::Resize { .. } | Intent::Compose { .. } | Intent::Relink { .. }) | None => Vec::new(),
         };
         self.nodes.keys().copied().chain(pending).collect()
     }
@@ -394,7 +435,7 @@ impl Tree {
     pub fn referenced_volumes(&self) -> BTreeSet<VolumeKey> {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.volumes.keys().copied().collect(),
-            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => Vec::new(),
+            Some(Intent::Resize { .. } | Intent::Compose { .. } | Intent::Relink { .. }) | None => Vec::new(),
         };
         self.volumes.keys().copied().chain(pending).collect()
     }
@@ -410,6 +451,7 @@ impl Tree {
         self.check_history()?;
         self.check_volumes()?;
         self.check_scratch()?;
+        self.check_merge()?;
         match &self.intent {
             None => Ok(()),
             Some(Intent::Switch(change)) => self.check_switch(change),
@@ -424,6 +466,21 @@ impl Tree {
             Some(Intent::Compose { volume, .. }) => {
                 Err(format!("the intent composes volume {volume}, which is not there"))
             }
+            Some(Intent::Relink { nodes }) => match nodes.iter().find(|node| !self.nodes.contains_key(node)) {
+                Some(node) => Err(format!("the intent relinks node {node}, which is not there")),
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn check_merge(&self) -> Result<(), String> {
+        match self.merge {
+            Some(Merge { lower, upper, .. })
+                if self.nodes.get(&upper).map(|node| node.parent) != Some(Some(lower)) =>
+            {
+                Err(format!("nodes {lower} and {upper} are being merged, and the one does not lie on the other"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -597,7 +654,7 @@ mod tests {
     #[test]
     fn a_record_that_is_not_one_sound_tree_is_refused_in_words() {
         type Damage = fn(&mut Value);
-        let cases: [(&str, Damage); 16] = [
+        let cases: [(&str, Damage); 19] = [
             ("which is not there", |v| v["nodes"][B]["parent"] = json!(V)),
             ("in a circle", |v| v["nodes"][A]["parent"] = json!(B)),
             ("in a circle", |v| v["nodes"][A]["parent"] = json!(A)),
@@ -619,6 +676,9 @@ mod tests {
             ("thrown away", |v| v["scratch"] = json!({A: {}})),
             ("not for that", |v| v["scratch"] = json!({V: {"node": B}})),
             ("composes", |v| v["intent"] = json!({"compose": {"volume": A, "parent": V, "onto": B}})),
+            ("relinks", |v| v["intent"] = json!({"relink": {"nodes": [V]}})),
+            ("merged", |v| v["merge"] = json!({"lower": B, "upper": A, "direction": "up"})),
+            ("merged", |v| v["merge"] = json!({"lower": A, "upper": V, "direction": "down"})),
             ("not on node", |v| {
                 v["intent"] = json!({"resize": {"volume": V, "node": A, "virtual_size": 512}});
             }),
@@ -642,6 +702,8 @@ mod tests {
         assert_eq!(needed(|value| value["volumes"][V]["data_destroyed"] = json!(true)), 2);
         assert_eq!(needed(|value| value["nodes"][A]["content"] = json!(V)), 3);
         assert_eq!(needed(|value| value["volumes"][V]["importing"] = json!("MIR0a1b2c")), 4);
+        assert_eq!(needed(|value| value["merge"] = json!({"lower": A, "upper": B, "direction": "up"})), 5);
+        assert_eq!(needed(|value| value["intent"] = json!({"relink": {"nodes": [B]}})), 5);
         let tree: Tree = serde_json::from_value(sound()).unwrap();
         let text = serde_json::to_string(&tree).unwrap();
         assert!(!text.contains("content"), "an older program refuses a field that it does not know: {text}");

@@ -145,7 +145,7 @@ async fn sizes(path: PathBuf, allocated: bool) -> Result<(u64, u64)> {
 async fn switch_off(stage: &Stage) -> Result<bool> {
     let files = [&stage.source, &stage.destination].map(|host: &std::sync::Arc<Host>| host.root().join(SETTINGS));
     for file in &files {
-        std::fs::write(file, "{\"difference\": false}\n")?;
+        std::fs::write(file, "{\"difference\": false, \"gc\": false}\n")?;
     }
     // A setting that is not known is an error of every call that reads the settings, as one that takes a lock does.
     let (host, sr) = (&stage.source, &stage.source_sr);

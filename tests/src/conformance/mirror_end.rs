@@ -143,7 +143,7 @@ async fn no_peer(b: Arc<Bench>) -> Result<()> {
 /// Makes this project's plugin give up on a peer sooner than an operator would like it to.
 fn shorten_patience(b: &Bench) -> Result<()> {
     if b.subject.own_layout {
-        let settings = r#"{"handshake_seconds": 3, "peer_silence_seconds": 4, "drain_seconds": 6}"#;
+        let settings = r#"{"handshake_seconds": 3, "peer_silence_seconds": 4, "drain_seconds": 6, "gc": false}"#;
         std::fs::write(b.host.root().join("etc/xapi-storage-qcow2.json"), settings)?;
     }
     Ok(())

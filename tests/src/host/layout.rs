@@ -26,6 +26,8 @@ pub(super) fn prepare(root: &Path) -> Result<Uuid> {
     if let Some(uuid) = inventory(root) {
         return Ok(uuid);
     }
+    // Files are judged without the plugin's locks: none of them is to go meanwhile.
+    std::fs::write(root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#)?;
     let uuid = Uuid::new_v4();
     std::fs::write(&path, format!("PRODUCT_BRAND='XCP-ng'\nINSTALLATION_UUID='{uuid}'\n"))?;
     Ok(uuid)

@@ -66,7 +66,7 @@ pub fn all() -> Vec<Condition> {
         "the device-config has no `uri`" => no_uri,
         "the device-config's `uri` is no directory's" => wrong_uri,
         "the device-config's `sr_uuid` is not that of the SR there" => wrong_uuid,
-        "composing would make a chain of more than 256 nodes" => long_chain,
+        "snapshot, clone, revert or compose would make a chain of more than 256 nodes" => long_chain,
         "the request cannot be understood" => bad_request,
         "a system call failed" => system_call,
         "something took longer than its setting" => too_long,
@@ -261,9 +261,12 @@ async fn wrong_uuid(b: Arc<Bench>) -> Result<Failure> {
 
 async fn long_chain(b: Arc<Bench>) -> Result<Failure> {
     let (child, parent) = (b.create(MIB).await?, b.create(MIB).await?);
-    for _ in 0..256 {
+    for _ in 1..256 {
         b.snapshot(&parent.key).await?;
     }
+    // A snapshot makes it longer as well.
+    let longer = refused(b.snapshot(&parent.key).await)?;
+    anyhow::ensure!(longer.code == "SR_BACKEND_FAILURE_109", "{longer:?}");
     call(&b, &Request::volume_compose(DBG, &b.sr.sr, &child.key, &parent.key)).await
 }
 
@@ -281,7 +284,7 @@ async fn system_call(b: Arc<Bench>) -> Result<Failure> {
 
 async fn too_long(b: Arc<Bench>) -> Result<Failure> {
     let volume = b.create(MIB).await?;
-    std::fs::write(b.host.root().join("etc/xapi-storage-qcow2.json"), "{\"lock_seconds\": 1}")?;
+    std::fs::write(b.host.root().join("etc/xapi-storage-qcow2.json"), "{\"lock_seconds\": 1, \"gc\": false}")?;
     let held = std::fs::File::open(tree(&b, &volume).join("lock"))?;
     held.lock()?;
     refused(b.set(&volume.key, "k", "v").await)

@@ -40,7 +40,7 @@ pub const BRANCHES: &str = r#"{"size": 2097152, "steps": [
 
 /// Short times, so that a peer that hangs is given up soon.
 const SETTINGS: &str = r#"{"handshake_seconds": 3, "peer_silence_seconds": 2,
-    "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10}"#;
+    "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10, "gc": false}"#;
 
 /// Bytes that must be free in memory for worlds to be there.
 const ROOM: u64 = 512 << 20;

@@ -5,6 +5,7 @@ use std::fs;
 
 use plugin::attachment::Attachment;
 use plugin::error::Result;
+use plugin::gc;
 use plugin::host::Host;
 use plugin::id::Shortened;
 use plugin::mirror::MirrorRecord;
@@ -29,7 +30,7 @@ pub fn execute(host: &Host, _: Parameters) -> Result<String> {
             for uuid in srs {
                 line(&mut text, 0, "sr", Ok::<_, plugin::Error>(uuid));
                 match Sr::attached(host, uuid) {
-                    Ok(sr) => describe_sr(&mut text, &sr),
+                    Ok(sr) => describe_sr(&mut text, host, &sr),
                     Err(error) => line::<&str>(&mut text, 2, "error", Err(error)),
                 }
             }
@@ -67,8 +68,9 @@ fn line<T: ToString>(text: &mut String, indent: usize, what: &str, value: Result
 }
 
 /// Describes an SR and its trees.
-fn describe_sr(text: &mut String, sr: &Sr) {
+fn describe_sr(text: &mut String, host: &Host, sr: &Sr) {
     line(text, 2, "path", Ok::<_, plugin::Error>(sr.path.display()));
+    describe_gc(text, host, sr);
     let space = sr.describe().map(|stat| format!("{} of {} bytes free", stat.free_space, stat.total_space));
     line(text, 2, "space", space);
     match sr.tree_ids() {
@@ -82,6 +84,26 @@ fn describe_sr(text: &mut String, sr: &Sr) {
             }
         }
         Err(error) => line::<&str>(text, 2, "error", Err(error)),
+    }
+}
+
+/// Tells what is done to bring space back, and what could not be.
+fn describe_gc(text: &mut String, host: &Host, sr: &Sr) {
+    let state = match gc::State::load(host, sr.record.uuid) {
+        Ok(Some(state)) => state,
+        Ok(None) => return,
+        Err(error) => return line::<&str>(text, 2, "gc", Err(error)),
+    };
+    let doing = match &state.doing {
+        Some(doing) if state.worker.is_alive(host) => format!("process {}: {doing}", state.worker.pid),
+        Some(doing) => format!("was killed: {doing}"),
+        None => "ended".to_owned(),
+    };
+    line(text, 2, "gc", Ok::<_, plugin::Error>(format!("{doing}, {} nodes merged", state.merged)));
+    for undone in state.still_undone(sr) {
+        let node = undone.node.map_or_else(|| format!("tree {}", undone.tree), |node| format!("node {node}"));
+        let how = if undone.failed { "failed" } else { "waits" };
+        line(text, 4, how, Ok::<_, plugin::Error>(format!("{node}: {}", undone.reason)));
     }
 }
 
@@ -111,6 +133,9 @@ fn describe_tree(text: &mut String, loaded: &LoadedTree) {
             let _ = write!(state, " ({})", error.chain());
         }
         line(text, 2 + 2 * path.len(), "node", Ok::<_, plugin::Error>(state));
+    }
+    if let Some(merge) = &tree.merge {
+        line(text, 4, "merging", Ok::<_, plugin::Error>(format!("{merge:?}")));
     }
     if let Some(intent) = &tree.intent {
         line(text, 4, "unfinished", Ok::<_, plugin::Error>(format!("{intent:?}")));

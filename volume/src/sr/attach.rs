@@ -1,6 +1,7 @@
 //! SR.attach: makes an SR known on this host.
 
 use plugin::error::{Error, Result};
+use plugin::gc;
 use plugin::host::Host;
 use plugin::id::SrUuid;
 use plugin::smapi::Configuration;
@@ -33,8 +34,10 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
     sr.attach_with(host, &parameters.configuration)?;
     // What is left over does no harm, so that an SR that cannot be written to can still be read.
     let swept = sr.lock_sr(host).and_then(|lock| sr.sweep(host, &lock));
-    if let Err(error) = swept {
-        tracing::warn!(error = error.chain(), "garbage is left for later");
+    match swept {
+        Ok(false) => {}
+        Ok(true) => gc::start(host, &sr),
+        Err(error) => tracing::warn!(error = error.chain(), "garbage is left for later"),
     }
     Ok(uuid)
 }

@@ -1,6 +1,7 @@
 //! SR.destroy: removes an SR that has no volumes.
 
 use plugin::error::Result;
+use plugin::gc;
 use plugin::host::Host;
 use plugin::store::Sr;
 use serde::Deserialize;
@@ -29,5 +30,6 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
             Err(error) => return Err(error),
         }
     }
-    Sr::detach(host, uuid)
+    Sr::detach(host, uuid)?;
+    gc::stop(host, uuid)
 }

@@ -1,6 +1,7 @@
 //! SR.detach: forgets an SR on this host.
 
 use plugin::error::Result;
+use plugin::gc;
 use plugin::host::Host;
 use plugin::store::Sr;
 use serde::Deserialize;
@@ -24,5 +25,6 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
         return Ok(());
     };
     usage::stop_unused(host, uuid)?;
-    Sr::detach(host, uuid)
+    Sr::detach(host, uuid)?;
+    gc::stop(host, uuid)
 }

@@ -28,12 +28,13 @@ pub struct Parameters {
 pub fn execute(host: &Host, parameters: Parameters) -> Result<BlockList> {
     let sr = parameters.sr.open(host)?;
     let key = parameters.key.key()?;
-    let tree = sr.lock(host, key)?;
+    let mut tree = sr.lock(host, key)?;
     tree.tree.volume_with_data(key)?;
     usage::flush(host, &tree, key)?;
     let other = parameters.key2.key().ok().filter(|other| tree.tree.volumes.contains_key(other));
     let bitmap = match other {
         Some(other) => {
+            tree.settle(host, other)?;
             usage::flush(host, &tree, other)?;
             match tree.changed_blocks(other, key, 0, u64::MAX) {
                 Err(Error::UnrelatedVolumes { .. }) => tree.written_blocks(key)?,

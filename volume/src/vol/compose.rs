@@ -1,6 +1,7 @@
 //! Volume.compose: lays what a volume has of its own onto another volume.
 
 use plugin::error::{Error, Result};
+use plugin::gc;
 use plugin::host::Host;
 use plugin::id::VolumeKey;
 use plugin::mirror;
@@ -40,18 +41,24 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
         Ok(_) | Err(Error::VolumeDoesNotExist(_)) => {}
         Err(error) => return Err(error),
     }
-    let tree = sr.lock(host, child)?;
+    let mut tree = sr.lock(host, child)?;
     if tree.was_composed(child, parent) {
         drop(tree);
         return forget(host, parent);
     }
-    let onto = tree.lock_beside(host, parent)?;
+    let mut onto = tree.lock_beside(host, parent)?;
     usage::refuse_mirrored(host, child)?;
     usage::refuse_mirrored(host, parent)?;
     // One that is only attached may be composed: what is opened later is the new chain.
     Usage::of(host, &tree, child)?.refuse_active(child)?;
     usage::release(host, onto.as_ref().unwrap_or(&tree), parent)?;
+    tree.stop_merge(host)?;
+    if let Some(onto) = &mut onto {
+        onto.stop_merge(host)?;
+    }
+    let ids = [Some(tree.id), onto.as_ref().map(|onto| onto.id)];
     tree.compose(child, parent, onto)?;
+    ids.into_iter().flatten().for_each(|id| gc::start_for(host, &sr, id));
     forget(host, parent)
 }
 

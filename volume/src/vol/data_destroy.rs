@@ -1,6 +1,7 @@
 //! Volume.data_destroy: removes a snapshot's data and keeps what changed in it.
 
 use plugin::error::{Error, Result};
+use plugin::gc;
 use plugin::host::Host;
 use plugin::mirror;
 use serde::Deserialize;
@@ -35,9 +36,12 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
             return Err(Error::ChangesNotTracked(key.to_string()));
         }
         usage::release(host, &tree, key)?;
+        tree.stop_merge(host)?;
         tree.destroy_data(key)?;
     }
+    let id = tree.id;
     drop(tree);
+    gc::start_for(host, &sr, id);
     if let Err(error) = mirror::forget_volume(host, key) {
         tracing::warn!(error = error.chain(), "records of mirrors are left");
     }

@@ -1,6 +1,7 @@
 //! Volume.destroy: removes a volume and the nodes that only it needs.
 
 use plugin::error::{Error, Result};
+use plugin::gc;
 use plugin::host::Host;
 use plugin::mirror;
 use serde::Deserialize;
@@ -27,9 +28,12 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
         return Ok(());
     };
     match sr.lock(host, key) {
-        Ok(tree) => {
+        Ok(mut tree) => {
             usage::release(host, &tree, key)?;
+            tree.stop_merge(host)?;
+            let id = tree.id;
             tree.destroy(key)?;
+            gc::start_for(host, &sr, id);
         }
         // A call that was killed may have left what follows.
         Err(Error::VolumeDoesNotExist(_)) => {}

@@ -35,10 +35,12 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<ChangedBlocks> {
         u64::try_from(offset).map_err(|_| Error::BadRequest(format!("the offset {offset} is impossible")))?;
     let length = if length < 0 { u64::MAX } else { u64::try_from(length).unwrap_or(u64::MAX) };
     sr.load(from)?;
-    let tree = sr.lock(host, to)?;
+    let mut tree = sr.lock(host, to)?;
     if !tree.tree.volumes.contains_key(&from) {
         return Err(Error::UnrelatedVolumes { from: from.to_string(), to: to.to_string() });
     }
+    // Their files are read: nobody may be copying into them.
+    tree.settle(host, from)?;
     for key in [from, to] {
         if !tree.volume(key)?.cbt_enabled {
             return Err(Error::ChangesNotTracked(key.to_string()));

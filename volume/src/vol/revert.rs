@@ -1,6 +1,7 @@
 //! Volume.revert: takes a volume back to what a snapshot holds.
 
 use plugin::error::Result;
+use plugin::gc;
 use plugin::host::Host;
 use plugin::mirror;
 use serde::Deserialize;
@@ -37,5 +38,10 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     if tree.tree.volumes.contains_key(&snapshot) {
         Usage::of(host, &tree, snapshot)?.refuse_writer(snapshot)?;
     }
-    tree.revert(key, snapshot)
+    tree.stop_merge(host)?;
+    tree.revert(key, snapshot)?;
+    let id = tree.id;
+    drop(tree);
+    gc::start_for(host, &sr, id);
+    Ok(())
 }

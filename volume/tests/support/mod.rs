@@ -119,6 +119,8 @@ impl Bench {
         fs::create_dir_all(host.root.join("etc")).unwrap();
         fs::write(host.root.join("etc/xensource-inventory"), format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4()))
             .unwrap();
+        // Tests look at trees; those of gc start it themselves.
+        fs::write(host.root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#).unwrap();
         Self { host, sr: Uuid::new_v4().to_string(), path, directory }
     }
 
@@ -140,6 +142,7 @@ impl Bench {
         fs::create_dir_all(host.root.join("etc")).unwrap();
         let inventory = format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4());
         fs::write(host.root.join("etc/xensource-inventory"), inventory).unwrap();
+        fs::write(host.root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#).unwrap();
         host.call("SR.attach", json!({"configuration": self.configuration()}));
         host
     }
@@ -254,6 +257,42 @@ impl Bench {
         assert_eq!(names(&self.path.join("volumes")), listed);
         let expected = ["lock", "sr.json", "trees", "volumes"];
         assert!(names(&self.path).iter().all(|name| expected.contains(&name.as_str())), "{:?}", names(&self.path));
+    }
+}
+
+impl Host {
+    /// Starts what brings space back.
+    pub fn start_gc(&self, sr: &str) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_xapi-storage-qcow2-volume"))
+            .args(["gc", sr])
+            .env("XAPI_STORAGE_QCOW2_ROOT", &self.root)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Brings space back, and gives what was logged of it.
+    pub fn gc(&self, sr: &str) -> String {
+        let output = self.start_gc(sr).wait_with_output().unwrap();
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{log}");
+        log
+    }
+}
+
+impl Bench {
+    /// Brings space back; nothing may fail, nor be left that could be merged.
+    pub fn gc(&self) {
+        let log = self.host.gc(&self.sr);
+        assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+        for entry in fs::read_dir(self.path.join("trees")).unwrap() {
+            let directory = entry.unwrap().path();
+            let record = fs::read(directory.join("tree.json")).unwrap();
+            let tree: plugin::store::Tree = serde_json::from_slice(&record).unwrap();
+            assert_eq!((tree.merge, plugin::store::coalesce::pairs(&tree)), (None, Vec::new()), "{log}");
+        }
     }
 }
 

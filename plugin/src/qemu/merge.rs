@@ -1,0 +1,323 @@
+//! Copying between two neighbouring layers of a chain that nobody has open, by a storage daemon of its own that ends with
+//! the process that started it.
+//!
+//! Nothing but data is changed: no header, no size but that of a base that was smaller. QEMU would make the image that
+//! takes the data name another backing once its job is completed; so the job is told to wait before that, and cancelled
+//! there.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use super::qmp::Client;
+use super::{Image, graph, program};
+use crate::error::{Error, Result};
+use crate::lock::FileLock;
+use crate::store::{Direction, Mode};
+
+/// How often it is looked how far the job is, and whether it is to stop.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// How long a new daemon may take to answer.
+const FIRST_ANSWER: Duration = Duration::from_secs(3);
+
+/// How often a daemon is started that does not answer.
+const ATTEMPTS: u32 = 3;
+
+/// How long a daemon may take to close its files when whoever needs them waits for that.
+const GRACE: Duration = Duration::from_millis(60);
+
+/// How long it may take when nobody waits.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The job's id.
+const JOB: &str = "merge";
+
+/// How the copying ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// Everything was copied and is durable.
+    All,
+    /// It was to stop.
+    Stopped,
+}
+
+/// A storage daemon; killed when it is dropped.
+struct Daemon {
+    child: Child,
+}
+
+/// What is copied from where to where.
+struct Task<'a> {
+    chain: &'a [Image],
+    direction: Direction,
+}
+
+/// Copies what the first image of a chain has to the second, or what the second has to the first where that has nothing.
+/// The chain is given down to the root, the sockets are made in `directory`. The lock is held by whatever copies, as long
+/// as it lives.
+///
+/// `progress` is told the bytes done and to do, `stop` says whether to stop, and is asked all the time. Stopped or failed,
+/// the chain reads as before; done again, it goes on.
+///
+/// # Errors
+///
+/// [`Error::NoSpace`]; [`Error::Qmp`] when an image is in use; else what QEMU says.
+pub async fn copy(
+    directory: &Path,
+    chain: &[Image],
+    direction: Direction,
+    lock: &FileLock,
+    progress: impl FnMut(u64, u64),
+    stop: impl Fn() -> bool,
+) -> Result<Copied> {
+    let task = Task { chain, direction };
+    let mut attempt = 1;
+    loop {
+        let mut daemon = Daemon::start(directory, lock)?;
+        let asked = async {
+            while !stop() {
+                sleep(LOOK).await;
+            }
+        };
+        let connected = tokio::select! {
+            connected = daemon.connect(directory) => connected,
+            () = asked => return daemon.stop(GRACE).await.map(|()| Copied::Stopped),
+        };
+        let client = match connected {
+            Err(error @ Error::Timeout { .. }) if attempt < ATTEMPTS => {
+                tracing::warn!(error = error.chain(), "a new storage daemon does not answer: starting another");
+                attempt += 1;
+                continue;
+            }
+            connected => connected?,
+        };
+        let asked = async {
+            while !stop() {
+                sleep(LOOK).await;
+            }
+        };
+        // A daemon that hangs is not waited for by whoever needs the images.
+        tokio::select! {
+            copied = task.carry_out(&client, progress) => copied?,
+            () = asked => return daemon.stop(GRACE).await.map(|()| Copied::Stopped),
+        }
+        drop(client);
+        daemon.stop(PATIENCE).await?;
+        let target = &task.target()?.path;
+        let synced = File::open(target).and_then(|file| file.sync_all());
+        return synced.map_err(Error::on("syncing", target)).map(|()| Copied::All);
+    }
+}
+
+impl Task<'_> {
+    /// Gives the two images and those below them.
+    fn parts(&self) -> Result<(&Image, &Image, &[Image])> {
+        match self.chain {
+            [upper, lower, below @ ..] => Ok((upper, lower, below)),
+            _ => Err(Error::Internal("a merge of less than two images".to_owned())),
+        }
+    }
+
+    /// Gives the image that takes the data.
+    fn target(&self) -> Result<&Image> {
+        let (upper, lower, _) = self.parts()?;
+        Ok(if self.direction == Direction::Down { lower } else { upper })
+    }
+
+    /// Opens the chain, copies, and sees that everything is written.
+    async fn carry_out(&self, client: &Client, mut progress: impl FnMut(u64, u64)) -> Result<()> {
+        let (upper, lower, below) = self.parts()?;
+        let target = self.target()?;
+        let base = below.first().map(|image| image.node);
+        let mut commands = Vec::new();
+        let mut backing = None;
+        for image in self.chain.iter().rev() {
+            let mode = if image.node == target.node { Mode::ReadWrite } else { Mode::ReadOnly };
+            commands.extend(graph::plain_commands(image, mode, backing)?);
+            backing = Some(image.node);
+        }
+        let name = graph::node_name;
+        let (command, mut arguments) = match self.direction {
+            Direction::Down => ("block-commit", json!({"base-node": name(lower.node)})),
+            Direction::Up => ("block-stream", json!({"auto-finalize": false})),
+        };
+        arguments["job-id"] = JOB.into();
+        arguments["device"] = name(upper.node).into();
+        arguments["auto-dismiss"] = false.into();
+        arguments["on-error"] = "report".into();
+        if let (Direction::Up, Some(base)) = (self.direction, base) {
+            arguments["base-node"] = name(base).into();
+        }
+        commands.push((command, arguments));
+        graph::carry_out(client, commands).await?;
+        loop {
+            let job = Job::of(client).await?;
+            progress(job.current, job.total);
+            match (job.status.as_str(), self.direction) {
+                ("ready", Direction::Down) => {
+                    // Without force it ends as it is, everything written.
+                    client.execute("block-job-cancel", json!({"device": JOB, "force": false})).await?;
+                    if let Some(error) = Job::ended(client).await?.failure() {
+                        return Err(error);
+                    }
+                    break;
+                }
+                ("pending", Direction::Up) => {
+                    client.execute("job-cancel", json!({"id": JOB})).await?;
+                    Job::ended(client).await?;
+                    break;
+                }
+                ("concluded", _) => {
+                    return Err(job.failure().unwrap_or_else(|| Error::Qemu {
+                        doing: "merging".to_owned(),
+                        reason: "the job ended by itself".to_owned(),
+                    }));
+                }
+                _ => sleep(LOOK).await,
+            }
+        }
+        let backing = if self.direction == Direction::Down { base } else { Some(lower.node) };
+        // The only flush whose failure is told.
+        let options = graph::plain_options(target, Mode::ReadOnly, backing);
+        client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
+    }
+}
+
+/// What QEMU says of the job.
+struct Job {
+    status: String,
+    current: u64,
+    total: u64,
+    error: Option<String>,
+}
+
+impl Job {
+    /// Asks for the job.
+    async fn of(client: &Client) -> Result<Self> {
+        let jobs: Value = client.execute("query-jobs", json!({})).await?;
+        let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == JOB));
+        let job = job.ok_or_else(|| Error::Internal("the job of a merge is gone".to_owned()))?;
+        Ok(Self {
+            status: job["status"].as_str().unwrap_or_default().to_owned(),
+            current: job["current-progress"].as_u64().unwrap_or_default(),
+            total: job["total-progress"].as_u64().unwrap_or_default(),
+            error: job["error"].as_str().map(str::to_owned),
+        })
+    }
+
+    /// Waits for the job's end.
+    async fn ended(client: &Client) -> Result<Self> {
+        loop {
+            let job = Self::of(client).await?;
+            if job.status == "concluded" {
+                return Ok(job);
+            }
+            sleep(LOOK / 20).await;
+        }
+    }
+
+    /// Gives why it failed, if it did.
+    fn failure(&self) -> Option<Error> {
+        let reason = self.error.clone()?;
+        Some(if reason.contains("No space left on device") || reason.contains("Disk quota exceeded") {
+            Error::NoSpace { doing: "merging".to_owned(), source: None }
+        } else {
+            Error::Qemu { doing: "merging".to_owned(), reason }
+        })
+    }
+}
+
+impl Daemon {
+    /// Starts a daemon that nothing but this process uses.
+    fn start(directory: &Path, lock: &FileLock) -> Result<Self> {
+        let log = log(directory);
+        for path in [&socket(directory), &pid_file(directory)] {
+            crate::record::remove(path)?;
+        }
+        let output = File::create(&log).map_err(Error::on("creating", &log))?;
+        let mut command = Command::new(program::find("qemu-storage-daemon")?);
+        command.arg("--chardev").arg(super::daemon::chardev("qmp", &socket(directory))?);
+        command.args(["--monitor", "chardev=qmp,mode=control", "--pidfile"]).arg(pid_file(directory));
+        command.current_dir("/").env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin");
+        command.stdin(Stdio::from(lock.share()?)).stdout(Stdio::null()).stderr(output);
+        // SAFETY: the closure runs between fork and exec; it makes one plain system call, and neither allocates nor locks.
+        #[allow(unsafe_code)]
+        unsafe {
+            command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into));
+        }
+        let child = command.spawn().map_err(|error| Error::io("starting the storage daemon", error))?;
+        Ok(Self { child })
+    }
+
+    /// Connects to it, once it answers.
+    async fn connect(&mut self, directory: &Path) -> Result<Client> {
+        let deadline = Instant::now() + FIRST_ANSWER;
+        // As with every daemon: nobody connects before it has set itself up.
+        while !pid_file(directory).exists() {
+            if self.has_ended()? {
+                let said = fs::read_to_string(log(directory)).unwrap_or_default();
+                let doing = "starting the storage daemon".to_owned();
+                return Err(Error::Qemu { doing, reason: said.trim().to_owned() });
+            }
+            if Instant::now() >= deadline {
+                let doing = "starting the storage daemon".to_owned();
+                return Err(Error::Timeout { doing, seconds: FIRST_ANSWER.as_secs() });
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        // The first one to see that it answers, the second one to be patient with what takes long.
+        drop(Client::connect(&socket(directory), FIRST_ANSWER).await?);
+        Client::connect_at_once(&socket(directory), PATIENCE).await
+    }
+
+    fn has_ended(&mut self) -> Result<bool> {
+        let status = self.child.try_wait().map_err(|error| Error::io("waiting for the storage daemon", error))?;
+        Ok(status.is_some())
+    }
+
+    /// Ends the daemon, which closes its files if it can in the time given.
+    async fn stop(&mut self, grace: Duration) -> Result<()> {
+        // A child that was not waited for keeps its number.
+        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let deadline = Instant::now() + grace;
+        while Instant::now() < deadline {
+            if self.has_ended()? {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        self.kill()
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        drop(self.child.kill());
+        self.child.wait().map(drop).map_err(|error| Error::io("waiting for the storage daemon", error))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        drop(self.kill());
+    }
+}
+
+fn socket(directory: &Path) -> PathBuf {
+    directory.join("qmp.sock")
+}
+
+fn pid_file(directory: &Path) -> PathBuf {
+    directory.join("daemon.pid")
+}
+
+fn log(directory: &Path) -> PathBuf {
+    directory.join("daemon.log")
+}
