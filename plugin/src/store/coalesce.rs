@@ -47,7 +47,7 @@ use crate::qemu::merge::Copied;
 use crate::qemu::{Image, img};
 
 /// The file in a tree's directory whose lock is held while data is copied.
-const LOCK: &str = "merge";
+pub(super) const LOCK: &str = "merge";
 
 /// The file in a tree's directory that asks for the copying to stop.
 const STOP: &str = "merge.stop";

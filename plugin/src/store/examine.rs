@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::changed::CHANGED_SUFFIX;
+use super::coalesce;
 use super::finding::{Finding, Severity, reason_of};
 use super::header::Header;
 use super::locked::{LoadedTree, NODE_SUFFIX, file_name, node_path};
@@ -157,6 +158,15 @@ impl Sr {
         let Some(loaded) = loaded else { return (None, Vec::new()) };
         let mut findings = Vec::new();
         examine_intent(&loaded, &record, &mut findings);
+        if loaded.tree.merge.is_some() && !FileLock::is_held(&directory.join(coalesce::LOCK)) {
+            let what = "two nodes were being merged, and nobody works on it";
+            findings.push(Finding::repairable(
+                Severity::Note,
+                &record,
+                what,
+                "left as they were, until they are merged anew",
+            ));
+        }
         for node in loaded.tree.nodes.keys() {
             examine_node(&loaded, *node, &mut findings);
         }
@@ -323,7 +333,8 @@ fn examine_intent(loaded: &LoadedTree, record: &Path, findings: &mut Vec<Finding
     let kind = match intent {
         Intent::Switch(_) => "a snapshot or clone of an active volume",
         Intent::Resize { .. } => "a resize",
-        _ => "a change of nodes",
+        Intent::Compose { .. } => "a compose",
+        Intent::Relink { .. } => "the end of a merge of two nodes",
     };
     let of = intent.volume().map_or_else(String::new, |volume| format!(" of volume {volume}"));
     let what = format!("{kind}{of} was begun and not ended");
@@ -366,18 +377,23 @@ fn examine_node(loaded: &LoadedTree, node: NodeId, findings: &mut Vec<Finding>) 
 /// Tells whether what a header says beside the record is of an operation that was begun, which is found itself: it is
 /// what the record says once that is finished.
 fn is_explained(loaded: &LoadedTree, node: NodeId, path: &Path) -> bool {
-    let (Some(intent), Ok(header), Ok(recorded)) = (&loaded.tree.intent, Header::read(path), loaded.tree.node(node))
-    else {
-        return false;
+    let (Ok(header), Ok(recorded)) = (Header::read(path), loaded.tree.node(node)) else { return false };
+    let is_grown = |size: u64| {
+        let parent = recorded.parent.map(file_name);
+        header.virtual_size == size && header.check_backing(parent.as_deref()).is_ok()
     };
+    // The lower of two nodes that are merged is made as large as the upper one first.
+    if let Some(merge) = loaded.tree.merge.filter(|merge| merge.lower == node)
+        && loaded.tree.node(merge.upper).is_ok_and(|upper| is_grown(upper.virtual_size))
+    {
+        return true;
+    }
+    let Some(intent) = &loaded.tree.intent else { return false };
     match intent {
         Intent::Switch(_) => false,
-        Intent::Resize { node: grown, virtual_size, .. } => {
-            let parent = recorded.parent.map(file_name);
-            *grown == node && header.virtual_size == *virtual_size && header.check_backing(parent.as_deref()).is_ok()
-        }
+        Intent::Resize { node: grown, virtual_size, .. } => *grown == node && is_grown(*virtual_size),
         // Headers follow the record.
-        _ => header.virtual_size == recorded.virtual_size,
+        Intent::Compose { .. } | Intent::Relink { .. } => header.virtual_size == recorded.virtual_size,
     }
 }
 

@@ -165,6 +165,27 @@ const DAMAGES: &[Damage] = &[
         path
     }),
     ("no blocks set aside", End::Repaired, |sr, random| removed(random.pick(&sr.files("spare")))),
+    ("a merge that was begun", End::Repaired, |sr, random| {
+        let mut pairs: Vec<(PathBuf, String, String)> = Vec::new();
+        for tree in sr.trees() {
+            let record = Copy::record(&tree);
+            let nodes = record["nodes"].as_object().unwrap();
+            let is_named =
+                |id: &String| record["volumes"].as_object().unwrap().values().any(|volume| volume["node"] == **id);
+            for (lower, _) in nodes.iter().filter(|(id, _)| !is_named(id)) {
+                let on: Vec<&String> =
+                    nodes.iter().filter(|(_, node)| node["parent"] == **lower).map(|(id, _)| id).collect();
+                if let [upper] = on[..] {
+                    pairs.push((tree.clone(), lower.clone(), upper.clone()));
+                }
+            }
+        }
+        let (tree, lower, upper) = random.pick(&pairs).clone();
+        edited(tree, |record| {
+            record["format"] = json!(4);
+            record["merge"] = json!({"lower": lower, "upper": upper, "direction": "up"});
+        })
+    }),
     ("a resize that was begun", End::Repaired, |sr, random| {
         edited(random.pick(&sr.trees()), |record| {
             let (key, node) = some_volume(record);

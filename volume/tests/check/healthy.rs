@@ -140,6 +140,7 @@ fn nothing_is_found_while_calls_are_at_work() {
                     let (child, parent) = (bench.create(MIB), bench.create(MIB));
                     let snapshot = bench.snapshot(&child);
                     bench.destroy(&snapshot);
+                    bench.host.gc(&bench.sr);
                     bench.call("Volume.compose", json!({"key": child, "key2": parent}));
                     bench.destroy(&bench.clone_of(&kept));
                     bench.destroy(&child);

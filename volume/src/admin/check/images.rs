@@ -52,6 +52,7 @@ fn written(host: &Host, loaded: &LoadedTree) -> Result<BTreeSet<NodeId>> {
         }
         written.extend(open.and_then(|open| open.nodes.first().copied()));
     }
+    written.extend(tree.merge.iter().flat_map(|merge| [merge.lower, merge.upper]));
     // Which of them an operation that was begun writes to is not for this to know.
     if tree.intent.is_some() {
         written.extend(tree.nodes.keys());
