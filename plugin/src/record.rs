@@ -91,6 +91,25 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
+/// Removes a directory that was renamed away, with all that is in it; one that is not there is removed already.
+///
+/// # Errors
+///
+/// When it cannot be removed.
+pub fn remove_directory(path: &Path) -> io::Result<()> {
+    // Whoever looked for a file by the old name, to make it if need be, may have made it after the others had gone. By
+    // now there is no such name, so that nobody else comes.
+    const ATTEMPTS: u32 = 8;
+    for _ in 1..ATTEMPTS {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            result => return result,
+        }
+    }
+    fs::remove_dir_all(path)
+}
+
 /// Puts a record in the place of an older one, or of none: readers see one or the other, whatever is killed.
 ///
 /// # Errors

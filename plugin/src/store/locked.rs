@@ -378,7 +378,7 @@ impl LockedTree {
         fs::rename(&self.directory, &old).map_err(Error::on("renaming", &self.directory))?;
         self.loaded.tree.volumes.clear();
         record::sync_directory(&trees)?;
-        if let Err(error) = fs::remove_dir_all(&old) {
+        if let Err(error) = record::remove_directory(&old) {
             tracing::warn!(%error, path = %old.display(), "the files of a removed tree are left for later");
         }
         Ok(())

@@ -152,7 +152,7 @@ impl Drop for NewTree<'_> {
         };
         // A tree that was put in place, but perhaps not durably, is taken away by a rename like any other.
         let old = self.sr.trees().join(format!("{OLD}{}", self.id));
-        let removed = fs::rename(&directory, &old).and_then(|()| fs::remove_dir_all(&old));
+        let removed = fs::rename(&directory, &old).and_then(|()| record::remove_directory(&old));
         if let Err(error) = removed {
             tracing::warn!(%error, tree = %self.id, "a tree that was not finished could not be removed");
         }
