@@ -40,6 +40,7 @@ suites:
 sweep: dependencies-test ## Make every single script call of a migration fail, and migrate 432 random trees (long)
 	$(CARGO) build --workspace
 	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures --test smapiv1
+	$(CARGO) test --package volume --test gc -- --ignored
 	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration --test smapiv1 random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_PLANS=9 \
 		$(CARGO) test --package fake-xapi --test migration --test smapiv1 random

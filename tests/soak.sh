@@ -27,7 +27,8 @@ until=$(($(date +%s) + minutes * 60))
 echo "soak: $minutes minutes from seed $seed on"
 while [ "$(date +%s)" -lt "$until" ]; do
     try "FAKE_XAPI_SEED=$seed FAKE_XAPI_STEPS=4" --package fake-xapi --test steps
-    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_PLANS=1" --package fake-xapi --test migration random
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_PLANS=1 FAKE_XAPI_GC=true" --package fake-xapi --test migration random
+    try "FAKE_XAPI_GC=true" --package fake-xapi --test conformance
     try "MIRROR_SEED=$seed" --package datapath --test difference random
     try "CONTENT_SEED=$seed" --package volume --test content walk
     try "CHECK_SEED=$seed" --package volume --test check

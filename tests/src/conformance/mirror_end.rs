@@ -11,6 +11,7 @@ use super::mirror::{completed, guest_of, target};
 use super::relay::Relay;
 use super::request::remote_of;
 use super::{Bench, Group, Need, answer};
+use crate::host::write_settings;
 use crate::wire::{MirrorStatus, Operation, Request};
 
 const MIRROR: Need = Need::Method("Data.mirror");
@@ -143,8 +144,8 @@ async fn no_peer(b: Arc<Bench>) -> Result<()> {
 /// Makes this project's plugin give up on a peer sooner than an operator would like it to.
 fn shorten_patience(b: &Bench) -> Result<()> {
     if b.subject.own_layout {
-        let settings = r#"{"handshake_seconds": 3, "peer_silence_seconds": 4, "drain_seconds": 6, "gc": false}"#;
-        std::fs::write(b.host.root().join("etc/xapi-storage-qcow2.json"), settings)?;
+        let settings = r#"{"handshake_seconds": 3, "peer_silence_seconds": 4, "drain_seconds": 6}"#;
+        write_settings(b.host.root(), settings)?;
     }
     Ok(())
 }

@@ -10,6 +10,7 @@
 mod content;
 mod judge;
 pub mod qemu_img;
+mod quiet;
 mod sr;
 mod topology;
 

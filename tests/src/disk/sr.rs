@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::qemu_img;
+use super::{qemu_img, quiet};
 
 /// Where the parent of a node is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,11 +85,12 @@ struct VolumeRecord {
 }
 
 impl Sr {
-    /// Reads an SR that nobody is changing.
+    /// Reads an SR that nobody is changing; the plugin's own garbage collection is waited for.
     ///
     /// # Errors
     /// If a file cannot be read, or a header names something that is not a sibling.
     pub fn read(path: &Path) -> Result<Self> {
+        quiet::wait(path)?;
         let mut trees = Vec::new();
         for directory in entries(&path.join("trees"))? {
             if directory.is_dir() {
@@ -223,11 +224,12 @@ impl Tree {
 }
 
 impl Inventory {
-    /// What an SR holds; also of one that could not be read as a whole.
+    /// What an SR holds; also of one that could not be read as a whole. The plugin's own garbage collection is waited for.
     ///
     /// # Errors
     /// If a directory cannot be read.
     pub fn of(sr: &Path) -> Result<Self> {
+        quiet::wait(sr)?;
         let mut inventory = Self::default();
         inventory.volumes.extend(entries(&sr.join("volumes"))?.iter().map(|path| file_name(path)));
         for tree in entries(&sr.join("trees"))? {

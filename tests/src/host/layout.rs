@@ -26,11 +26,23 @@ pub(super) fn prepare(root: &Path) -> Result<Uuid> {
     if let Some(uuid) = inventory(root) {
         return Ok(uuid);
     }
-    // Files are judged without the plugin's locks: none of them is to go meanwhile.
-    std::fs::write(root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#)?;
+    write_settings(root, "{}")?;
     let uuid = Uuid::new_v4();
     std::fs::write(&path, format!("PRODUCT_BRAND='XCP-ng'\nINSTALLATION_UUID='{uuid}'\n"))?;
     Ok(uuid)
+}
+
+/// Gives the host of a suite settings, a JSON object: its plugins collect garbage by themselves only if the environment
+/// has `FAKE_XAPI_GC=true`, for then it depends on chance which nodes there are at a time.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn write_settings(root: &Path, settings: &str) -> Result<()> {
+    let mut settings: serde_json::Map<String, serde_json::Value> = serde_json::from_str(settings)?;
+    let gc = std::env::var("FAKE_XAPI_GC").is_ok_and(|value| value == "true");
+    settings.insert("gc".to_owned(), gc.into());
+    std::fs::write(root.join("etc/xapi-storage-qcow2.json"), serde_json::to_vec(&settings)?)?;
+    Ok(())
 }
 
 /// The host uuid that the inventory below a root names.

@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 pub use descriptor::pass;
 pub use export::ImportPath;
-pub use layout::{DATAPATH, VOLUME, inventory};
+pub use layout::{DATAPATH, VOLUME, inventory, write_settings};
 pub use leftover::Leftovers;
 pub use plugins::{DatapathPlugin, VolumePlugin};
 pub use pump::{Sample, Wire, WireFault, WireHarm, WireMoment, Wires};

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use fake_xapi::disk::{Inventory, RawCopy, Sr as SrFiles};
+use fake_xapi::host::write_settings;
 use fake_xapi::nbd::Client;
 use fake_xapi::scenario::Stage;
 use fake_xapi::smapiv2::{self, Error};
@@ -74,7 +75,7 @@ impl World {
         let directory = tempfile::Builder::new().prefix("fx-disk-").tempdir_in(place())?;
         let stage = Stage::build(binaries, false, &place()).await?;
         for host in [&stage.source, &stage.destination] {
-            std::fs::write(host.root().join("etc/xapi-storage-qcow2.json"), SETTINGS)?;
+            write_settings(host.root(), SETTINGS)?;
         }
         let disk = Disk::create(&directory.path().join("disk.raw"), SIZE)?;
         Ok(Self { stage, disk, guest: Mutex::default(), seed: 7, writes: 20, rests: true, directory })

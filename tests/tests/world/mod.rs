@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fake_xapi::db::VmRef;
-use fake_xapi::host::Host;
+use fake_xapi::host::{Host, write_settings};
 use fake_xapi::plan::{self, Model, Plan};
 use fake_xapi::scenario::{OnXapi, Stage};
 use fake_xapi::smapiv2::{Sr, Vdi};
@@ -40,7 +40,7 @@ pub const BRANCHES: &str = r#"{"size": 2097152, "steps": [
 
 /// Short times, so that a peer that hangs is given up soon.
 const SETTINGS: &str = r#"{"handshake_seconds": 3, "peer_silence_seconds": 2,
-    "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10, "gc": false}"#;
+    "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10}"#;
 
 /// Bytes that must be free in memory for worlds to be there.
 const ROOM: u64 = 512 << 20;
@@ -79,7 +79,7 @@ impl World {
         let model = plan.model()?;
         let stage = Stage::build(&binaries(), false, &place()).await?;
         for host in [&stage.source, &stage.destination] {
-            std::fs::write(host.root().join("etc/xapi-storage-qcow2.json"), SETTINGS)?;
+            write_settings(host.root(), SETTINGS)?;
         }
         let vm = stage.xapi.vm_create("vm", &stage.source, &stage.source_sr, &plan.disks).await?;
         let player = Player::new(model.disks()[0].size())?;
