@@ -182,7 +182,9 @@ fn lacking(subject: &Subject, error: &anyhow::Error) -> Option<String> {
         // Who can be mirrored to is written to by NBD.
         return subject.lacks(Need::Feature("VDI_MIRROR_IN")).map(|_| none.to_string());
     }
-    let missing = error.downcast_ref::<Failure>().filter(|failure| failure.code == "SCRIPT_MISSING")?;
+    // Also where a check went through what xapi makes of the script.
+    let failure = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
+    let missing = failure.filter(|failure| failure.code == "SCRIPT_MISSING")?;
     let script = Path::new(missing.params.first()?).file_name()?.to_str()?;
     subject.lacks_script(script)
 }
