@@ -40,6 +40,8 @@ impl Scene {
             fs::create_dir_all(root.join("etc")).unwrap();
             let inventory = format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4());
             fs::write(root.join("etc/xensource-inventory"), inventory).unwrap();
+            // What is left running is counted.
+            fs::write(root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#).unwrap();
             Host::at(root)
         });
         let path = directory.path().join("sr");
