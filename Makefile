@@ -8,7 +8,7 @@ PREFIX ?= /usr
 SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep soak bench check suites dependencies-demo dependencies-test build install uninstall clean
+.PHONY: help demo test sweep soak bench audit check suites dependencies-demo dependencies-test build install uninstall clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -54,6 +54,9 @@ bench: dependencies-test ## Measure calls and mirrors, optimised, each against a
 	$(CARGO) build --release --workspace
 	mkdir -p target/bench
 	target/release/fake-xapi bench all --json target/bench/bench.json --plot target/bench
+
+audit: ## Check what is linked in with cargo-deny: licences, sources, duplicates, advisories
+	packaging/audit.sh
 
 dependencies-demo:
 	packaging/dependencies.sh demo
