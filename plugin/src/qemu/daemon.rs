@@ -170,9 +170,9 @@ impl From<Error> for Startup {
 /// Waits until the daemon answers, and starts its NBD server.
 ///
 /// Nobody connects before the pid file says that the daemon has set itself up: QEMU moves a monitor's socket from the
-/// main thread to the monitors' own, and a client that comes in just then is accepted and never answered (seen with
-/// 10.0, once in some hundred starts on a busy machine). The move may end a little after the file is there, so that
-/// a first connection which is not answered soon is given up with its daemon.
+/// main thread to the monitors' own, and a client that comes in just then is accepted and never answered, or greeted
+/// twice (seen with 10.0, once in some hundred starts on a busy machine). The move may end a little after the file is
+/// there, so that a first connection which is not answered soon, or greeted again, is given up with its daemon.
 async fn make_ready(
     host: &Host,
     process: &Process,
@@ -201,7 +201,11 @@ async fn make_ready(
     let start = |arguments| client.execute_within(settings.qmp(), "nbd-server-start", arguments);
     match start(patient).await {
         // QEMU before 9.2 has no such bound, and no such parameter.
-        Err(Error::Qmp { .. }) => drop(start(json!({"addr": address})).await?),
+        Err(Error::Qmp { class, .. }) if class == "GenericError" => drop(start(json!({"addr": address})).await?),
+        // It has greeted again, and wants to be asked for its use again.
+        Err(error @ (Error::Qmp { .. } | Error::Qemu { .. })) if process.is_alive(host) => {
+            return Err(Startup::Deaf(error));
+        }
         result => drop(result?),
     }
     Ok(())

@@ -91,8 +91,10 @@ pub async fn copy(
             () = asked => return daemon.stop(GRACE).await.map(|()| Copied::Stopped),
         };
         let client = match connected {
-            Err(error @ Error::Timeout { .. }) if attempt < ATTEMPTS => {
-                tracing::warn!(error = error.chain(), "a new storage daemon does not answer: starting another");
+            Err(error @ (Error::Timeout { .. } | Error::Qemu { .. }))
+                if attempt < ATTEMPTS && !daemon.has_ended()? =>
+            {
+                tracing::info!(error = error.chain(), "a new storage daemon does not answer: starting another");
                 attempt += 1;
                 continue;
             }

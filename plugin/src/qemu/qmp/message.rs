@@ -1,6 +1,7 @@
 //! What a monitor sends, decoded as far as it takes to route it.
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::error::Error;
@@ -52,6 +53,8 @@ struct Raw {
     #[serde(default)]
     data: Value,
     id: Option<u64>,
+    #[serde(rename = "QMP")]
+    greeting: Option<IgnoredAny>,
 }
 
 /// Decodes a value that is there, even `null`.
@@ -70,6 +73,8 @@ impl Message {
             Raw { id: Some(id), r#return: Some(value), .. } => Ok(Self::Answer(id, Ok(value))),
             // What cannot be parsed has no id to answer to.
             Raw { error: Some(refusal), .. } => Err(format!("the monitor did not understand: {}", refusal.desc)),
+            // Whoever was greeted has to begin anew, and what was sent meanwhile may have been refused.
+            Raw { greeting: Some(_), .. } => Err("the monitor greeted twice".to_owned()),
             _ => Err("the monitor sent neither an answer nor an event".to_owned()),
         }
     }

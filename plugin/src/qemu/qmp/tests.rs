@@ -156,6 +156,21 @@ async fn nonsense_ends_the_connection() {
     }
 }
 
+#[tokio::test]
+async fn a_monitor_that_greets_again_is_not_taken_for_one_that_listens() {
+    let monitor = Monitor::new();
+    let greet_again = async {
+        let mut stream = monitor.listener.accept().await.unwrap().0;
+        for _ in 0..2 {
+            stream.write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n").await.unwrap();
+        }
+        stream
+    };
+    let (result, _stream) = tokio::join!(Client::connect(&monitor.path, PATIENCE), greet_again);
+    let Err(Error::Qemu { reason, .. }) = result else { panic!("{result:?}") };
+    assert_eq!(reason, "the monitor greeted twice");
+}
+
 /// Waits until the client has closed the connection.
 async fn receive_end(stream: &mut BufReader<UnixStream>) {
     let mut rest = Vec::new();
