@@ -85,11 +85,6 @@ fn assert_same_after_gc(bench: &Bench) {
     assert_eq!(differences(bench), before.1);
     bench.check();
     assert_small(bench);
-    for tree in fs::read_dir(bench.path.join("trees")).unwrap() {
-        for name in names(&tree.unwrap().path()).into_iter().filter(|name| name.ends_with(".qcow2")) {
-            assert!(!name.is_empty());
-        }
-    }
 }
 
 /// Makes a volume, a snapshot of it that was destroyed, and what both had written; what of it is in each of the two nodes
@@ -483,11 +478,18 @@ fn hidden_nodes_in_a_row_become_one() {
 fn an_sr_that_is_detached_has_no_worker_left() {
     let bench = Bench::new();
     let (volume, expected, stalled) = Stalled::start(&bench, MUCH, LITTLE);
-    // One more, that waits for the first one.
-    let mut next = bench.host.start_gc(&bench.sr);
-    while !bench.path.join("gc.next").exists() {}
-    let mut third = bench.host.start_gc(&bench.sr);
-    assert!(third.wait().unwrap().success(), "two are enough");
+    // One more waits for the first one, and a third is not needed: which of these two is which, they make out.
+    let mut more = [bench.host.start_gc(&bench.sr), bench.host.start_gc(&bench.sr)];
+    let ended = loop {
+        let ended = more.iter_mut().map(|child| child.try_wait().unwrap()).collect::<Vec<_>>();
+        if let Some(place) = ended.iter().position(Option::is_some) {
+            assert!(ended[place].unwrap().success(), "two are enough");
+            break place;
+        }
+        std::thread::yield_now();
+    };
+    let next = &mut more[1 - ended];
+    assert_eq!(next.try_wait().unwrap(), None);
     assert_eq!(bench.call("SR.detach", json!({})), Value::Null);
     let Stalled { mut child, .. } = stalled;
     assert!(!child.wait().unwrap().success());
