@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::Image;
-use super::devices::{self, Device, decode};
+use super::devices::{self, decode};
 use super::qmp::{Client, Events};
 use crate::error::{Error, Result};
 use crate::id::{ContentId, NodeId};
@@ -266,12 +266,8 @@ fn export_in(answer: Option<Result<Value>>) -> Result<Option<BlockExport>> {
 
 /// Lists the names of the nodes of chains, the last one added first.
 async fn nodes(client: &Client) -> Result<Vec<String>> {
-    Ok(names_in(devices::devices(client).await?))
-}
-
-/// Takes the names of the nodes of chains.
-fn names_in(devices: Vec<Device>) -> Vec<String> {
-    devices.into_iter().filter_map(|device| device.name).filter(|name| is_ours(name)).collect()
+    let names = devices::devices(client).await?.into_iter().filter_map(|device| device.name);
+    Ok(names.filter(|name| is_ours(name)).collect())
 }
 
 /// Tells whether a node that was opened without a backing has one, as [`snapshot`] gives it.

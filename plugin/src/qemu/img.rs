@@ -236,14 +236,7 @@ pub fn repair_leaks(path: &Path, lock: Option<&FileLock>) -> Result<Check> {
     if found.leaks == 0 || found.corruptions + found.check_errors > 0 {
         return Ok(found);
     }
-    let mut command = qemu_img("check")?;
-    command.args(["-q", "-r", "leaks", "-f", "qcow2", "--"]).arg(path);
-    let doing = format!("qemu-img check -r leaks {}", path.display());
-    let output = program::run_holding(&mut command, lock, &doing, LONG_PATIENCE)?;
-    if !output.status.success() {
-        return Err(program::failure(&doing, &output));
-    }
-    sync(path)?;
+    free_leaks(path, lock)?;
     check(path)
 }
 

@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use super::allocation::{Allocation, BLOCK, State};
 use super::header::Header;
-use super::locked::{LoadedTree, LockedTree, file_name, node_path};
+use super::locked::{LoadedTree, LockedTree, node_path};
 use super::plan;
 use super::sr::Sr;
 use super::tree::{Direction, Intent, Merge, Tree};
@@ -251,7 +251,7 @@ impl Sr {
 }
 
 impl LoadedTree {
-    /// Gives what is to be merged in this tree, and why it is not, as far as the record tells.
+    /// Tells whether the record has nodes to be merged, or a merge that was begun.
     pub fn has_merges(&self) -> bool {
         self.tree.merge.is_some() || !pairs(&self.tree).is_empty()
     }
@@ -357,18 +357,17 @@ impl LockedTree {
 
     /// Tells who has a node open, on whatever host.
     fn user(&self, host: &Host, node: NodeId) -> Result<Option<String>> {
-        let (this, boot_id) = (host.uuid()?, host.boot_id()?);
+        let this = host.uuid()?;
         for key in readers(&self.tree, node) {
             let volume = self.volume(key)?;
             if let Some(claim) = volume.active.iter().find(|claim| claim.host != this) {
                 return Ok(Some(format!("volume {key} is active on host {}", claim.host)));
             }
+            // A claim of this host with nothing open behind it is worth nothing, of whatever boot.
             let attachment = Attachment::lock_existing(host, key)?;
             if attachment.is_some_and(|attachment| attachment.open_mode().is_some()) {
                 return Ok(Some(format!("volume {key} is active on this host")));
             }
-            // Nothing is open behind a claim of this host: it is worth nothing, of whatever boot.
-            tracing::trace!(%key, %boot_id, "nobody has the volume open");
         }
         Ok(None)
     }
@@ -478,11 +477,7 @@ impl LockedTree {
     pub(super) fn finish_relink(&mut self) -> Result<()> {
         let Some(Intent::Relink { nodes }) = self.tree.intent.clone() else { return Ok(()) };
         for node in nodes {
-            let parent = self.tree.node(node)?.parent.map(file_name);
-            let path = node_path(&self.directory, node);
-            if Header::read(&path)?.check_backing(parent.as_deref()).is_err() {
-                img::rebase(&path, parent.as_deref().unwrap_or_default(), Some(&self.lock))?;
-            }
+            self.relink_header(node, &self.lock)?;
         }
         self.commit(plan::rolled_back(&self.tree))?;
         self.sweep([]);

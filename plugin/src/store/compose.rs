@@ -28,15 +28,13 @@ use std::fs;
 use std::io;
 
 use super::garbage;
-use super::header::Header;
-use super::locked::{LoadedTree, LockedTree, file_name, node_path, read};
+use super::locked::{LoadedTree, LockedTree, node_path, read};
 use super::plan::{self, MAX_CHAIN};
 use super::tree::{Intent, Node, Tree};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
-use crate::qemu::img;
 use crate::record;
 
 /// Plans which nodes a composed volume keeps, with their new parents. `is_empty` tells whether a node has nothing of
@@ -271,13 +269,10 @@ impl LockedTree {
 /// Makes the headers of a volume's nodes say what the record says.
 fn rebase(tree: &LoadedTree, volume: VolumeKey, moved: impl Fn(NodeId) -> bool, lock: &FileLock) -> Result<()> {
     for node in tree.tree.chain(tree.volume(volume)?.node) {
-        let Some(parent) = tree.tree.node(node)?.parent.map(file_name).filter(|_| moved(node)) else {
+        if tree.tree.node(node)?.parent.is_none() || !moved(node) {
             break;
-        };
-        let path = node_path(&tree.directory, node);
-        if Header::read(&path)?.check_backing(Some(&parent)).is_err() {
-            img::rebase(&path, &parent, Some(lock))?;
         }
+        tree.relink_header(node, lock)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use super::changed::CHANGED_SUFFIX;
 use super::coalesce;
 use super::finding::{Finding, Severity, reason_of};
 use super::header::Header;
-use super::locked::{LoadedTree, NODE_SUFFIX, file_name, node_path};
+use super::locked::{LoadedTree, NODE_SUFFIX, file_name, node_path, record_path};
 use super::mend::DAMAGED;
 use super::spare;
 use super::sr::{NEW, OLD, Sr};
@@ -132,7 +132,7 @@ impl Sr {
     /// Holds a tree's record against its files, as both are now.
     fn examine_tree(&self, id: TreeId) -> (Option<LoadedTree>, Vec<Finding>) {
         let directory = self.tree_directory(id);
-        let record = directory.join("tree.json");
+        let record = record_path(&directory);
         let loaded = match self.read_tree(id) {
             Ok(loaded) => loaded,
             Err(error) => {

@@ -16,7 +16,7 @@ use super::{content, garbage, plan, spare};
 use crate::error::{Error, Result};
 use crate::id::{ContentId, NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
-use crate::qemu::Image;
+use crate::qemu::{Image, img};
 use crate::record::{self, Durability};
 
 /// How the name of a node's file ends.
@@ -74,6 +74,20 @@ impl LoadedTree {
     /// As [`Self::chain_images`]; else its tables are damaged.
     pub(super) fn has_nothing_of_its_own(&self, node: NodeId) -> Result<bool> {
         Allocation::open(&self.checked_image(node)?)?.is_empty()
+    }
+
+    /// Makes a node's header name the parent that the record names, where it names another.
+    ///
+    /// # Errors
+    ///
+    /// When the header cannot be read, or not be changed.
+    pub(super) fn relink_header(&self, node: NodeId, lock: &FileLock) -> Result<()> {
+        let parent = self.tree.node(node)?.parent.map(file_name);
+        let path = node_path(&self.directory, node);
+        if Header::read(&path)?.check_backing(parent.as_deref()).is_err() {
+            img::rebase(&path, parent.as_deref().unwrap_or_default(), Some(lock))?;
+        }
+        Ok(())
     }
 
     /// Gives a node's file with its header checked.

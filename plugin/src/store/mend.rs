@@ -20,7 +20,6 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
-use crate::qemu::img;
 use crate::record::{self, Durability, Record};
 
 /// What stands behind the name of a record that was replaced by one made anew; numbered where there are more.
@@ -255,11 +254,9 @@ fn mend_headers(host: &Host, tree: &LockedTree) -> Result<()> {
         }
     }
     for (id, node) in tree.tree.nodes.iter().filter(|(id, _)| !open.contains(id)) {
-        let path = node_path(&tree.directory, *id);
-        let parent = node.parent.map(file_name);
-        let Ok(header) = Header::read(&path) else { continue };
-        if header.virtual_size == node.virtual_size && header.check_backing(parent.as_deref()).is_err() {
-            img::rebase(&path, parent.as_deref().unwrap_or_default(), Some(&tree.lock))?;
+        let header = Header::read(&node_path(&tree.directory, *id));
+        if header.is_ok_and(|header| header.virtual_size == node.virtual_size) {
+            tree.relink_header(*id, &tree.lock)?;
         }
     }
     Ok(())
