@@ -31,7 +31,7 @@ mod own_layout;
 mod plugin;
 mod process;
 mod quicktest;
-mod random;
+pub mod random;
 mod raw;
 mod relay;
 mod request;

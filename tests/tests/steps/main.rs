@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use fake_xapi::conformance::random::Random;
 use operation::Operation;
 use site::{Outcome, Strike};
 use world::World;
@@ -36,24 +37,12 @@ const AT_ONCE: usize = 2;
 /// What comes before the last operation.
 type History = Vec<Operation>;
 
-/// A source of numbers that a seed determines (splitmix64).
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((mixed ^ (mixed >> 31)) % bound as u64) as usize
+/// Chooses some of many.
+fn take<T>(random: &mut Random, mut from: Vec<T>, count: usize) -> Vec<T> {
+    while from.len() > count {
+        from.swap_remove(random.below(from.len()));
     }
-
-    fn take<T>(&mut self, mut from: Vec<T>, count: usize) -> Vec<T> {
-        while from.len() > count {
-            from.swap_remove(self.below(from.len()));
-        }
-        from
-    }
+    from
 }
 
 fn variable(name: &str) -> Option<String> {
@@ -88,7 +77,7 @@ fn struck(small: &World, history: &[Operation], last: Operation, strike: &Strike
     let before = world.model.clone();
     let after = last.effect(&before, history.len());
     let outcome = match strike {
-        Strike::Daemon => world.write_and_kill(history.len())?,
+        Strike::Daemon => world.write_and_kill(history.len()).map(|()| Outcome::Done)?,
         _ => world.strike(last, strike)?,
     };
     world.site.wait_for_orphans();
@@ -118,20 +107,20 @@ fn struck(small: &World, history: &[Operation], last: Operation, strike: &Strike
 fn chosen(small: &World) -> Vec<(History, Operation, Strike)> {
     let all = variable("FAKE_XAPI_STEPS").is_some_and(|value| value == "all");
     let count = variable("FAKE_XAPI_STEPS").and_then(|value| value.parse().ok()).unwrap_or(HISTORIES);
-    let mut numbers = Numbers(variable("FAKE_XAPI_SEED").map_or(1, |seed| seed.parse().unwrap()));
+    let mut random = Random::from_seed(variable("FAKE_XAPI_SEED").map_or(1, |seed| seed.parse().unwrap()));
     let known = if all { histories(small) } else { Vec::new() };
     let mut chosen = Vec::new();
     for last in Operation::ALL {
         let before: Vec<History> = if all {
             known.clone()
         } else {
-            let one = |numbers: &mut Numbers| Operation::ALL[numbers.below(Operation::ALL.len())];
-            (0..count).map(|_| vec![one(&mut numbers), one(&mut numbers)]).collect()
+            let one = |random: &mut Random| *random.pick(&Operation::ALL);
+            (0..count).map(|_| vec![one(&mut random), one(&mut random)]).collect()
         };
         for history in before {
             let strikes = World::strikes(small, &history, last)
                 .unwrap_or_else(|error| panic!("{history:?} {last:?}: {error:#}"));
-            let strikes = if all { strikes } else { numbers.take(strikes, STRIKES) };
+            let strikes = if all { strikes } else { take(&mut random, strikes, STRIKES) };
             chosen.extend(strikes.into_iter().map(|strike| (history.clone(), last, strike)));
         }
     }

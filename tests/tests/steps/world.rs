@@ -148,9 +148,7 @@ impl World {
             }
             return Ok(());
         }
-        if operation == Operation::Activate && self.model.volumes.contains_key("v") {
-            self.path("attach", "v", GUEST)?;
-        }
+        self.make_way(operation)?;
         let after = operation.effect(&self.model, place);
         let (method, request) = self.call_for(operation);
         match (self.site.outcome(method, &request)?, after) {
@@ -200,7 +198,7 @@ impl World {
     }
 
     /// Has a guest write and flush, and kills its daemon.
-    pub fn write_and_kill(&mut self, place: usize) -> Result<Outcome> {
+    pub fn write_and_kill(&self, place: usize) -> Result<()> {
         let (_, block, byte) = self.written(place)?.context("there is nothing to write to")?;
         if !self.model.active {
             self.path("attach", "v", GUEST)?;
@@ -212,8 +210,7 @@ impl World {
         // It can be had again.
         self.path("attach", "v", GUEST)?;
         self.path("activate", "v", GUEST)?;
-        self.site.io(self.key("v"), &[format!("read -P {byte} {} {BLOCK}", block * BLOCK)])?;
-        Ok(Outcome::Done)
+        self.site.io(self.key("v"), &[format!("read -P {byte} {} {BLOCK}", block * BLOCK)])
     }
 
     /// Lists the volumes: their sizes by their keys.
