@@ -6,9 +6,13 @@ CARGO ?= cargo
 DESTDIR ?=
 PREFIX ?= /usr
 SOAK_MINUTES ?= 30
+# Packages are for hosts with any C library, so theirs is linked in. Naming the target keeps that away from build scripts.
+TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
+STATIC = target/package/$(TARGET)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep soak bench audit check suites dependencies-demo dependencies-test build install uninstall clean
+.PHONY: help demo test sweep soak bench audit check suites dependencies-demo dependencies-test build static rpm deb
+.PHONY: packages install uninstall clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -41,6 +45,8 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 	$(CARGO) build --workspace
 	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures --test smapiv1
 	$(CARGO) test --package volume --test gc -- --ignored
+	$(MAKE) static
+	FAKE_XAPI_BUILD="$(abspath $(STATIC))" $(CARGO) test --package fake-xapi --test packages -- --include-ignored
 	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration --test smapiv1 random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_PLANS=9 \
 		$(CARGO) test --package fake-xapi --test migration --test smapiv1 random
@@ -66,6 +72,20 @@ dependencies-test:
 
 build: ## Build the plugins as they are installed
 	$(CARGO) build --release --package volume --package datapath
+
+static:
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --package volume --package datapath \
+		--target $(TARGET) --target-dir target/package
+
+rpm: static ## Build the RPM into target/packages
+	packaging/dependencies.sh packages
+	BUILD=$(STATIC) packaging/package.sh rpm target/packages
+
+deb: static ## Build the .deb into target/packages
+	packaging/dependencies.sh packages
+	BUILD=$(STATIC) packaging/package.sh deb target/packages
+
+packages: rpm deb ## Build both
 
 install: build ## Install the plugins (DESTDIR, PREFIX)
 	DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" packaging/install.sh

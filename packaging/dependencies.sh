@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what the demo or the tests need and this machine lacks, by apt or dnf.
 #
-#   packaging/dependencies.sh [run|demo|test]
+#   packaging/dependencies.sh [run|demo|test|packages]
 #
 # What is there already, whatever its version, is left as it is. Nothing is asked. Where it cannot install, it says
 # what is missing and fails. `run` is what the plugins themselves need.
@@ -31,9 +31,10 @@ as_root() {
 
 case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
+    packages) programs='cc rpmbuild dpkg-deb readelf' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
-    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3' ;;
-    *) die "usage: $0 [run|demo|test]" ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 rpm rpmbuild dpkg-deb readelf' ;;
+    *) die "usage: $0 [run|demo|test|packages]" ;;
 esac
 
 # Prints the programs that are missing.
@@ -54,6 +55,9 @@ debian_package() {
         strace) echo strace ;;
         flock) echo util-linux ;;
         python3) echo python3 ;;
+        rpm | rpmbuild) echo rpm ;;
+        dpkg-deb) echo dpkg ;;
+        readelf) echo binutils ;;
         qemu-storage-daemon)
             # qemu-utils has it since QEMU 8.2 (Debian 13, the backport for Debian 12), qemu-system-common before.
             version=$(apt-cache policy qemu-utils | sed -n 's/^ *Candidate: *//p')
@@ -94,6 +98,7 @@ if [ -n "$lacking" ]; then
         for program in $lacking; do
             case $program in
                 mkfs.ext4 | mkfs.xfs | debugfs) files="$files /usr/sbin/$program" ;;
+                dpkg-deb) files="$files dpkg" ;;
                 *) files="$files /usr/bin/$program" ;;
             esac
         done
@@ -109,6 +114,7 @@ if [ -n "$lacking" ]; then
 fi
 
 for program in qemu-img qemu-storage-daemon; do
+    [ "${1-test}" != packages ] || break
     version=$("$program" --version | sed -n '1s/.*version \([0-9][0-9]*\)\.\([0-9][0-9]*\).*/\1 \2/p')
     [ -n "$version" ] || die "$program does not tell its version: $("$program" --version | head -n 1)"
     major=${version% *}

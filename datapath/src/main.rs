@@ -2,11 +2,13 @@
 //!
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
 //! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`]. The same executable, called
-//! with another argument, is the supervisor of a mirror, the relay of an import, or the worker that brings space back.
+//! with another argument, is the supervisor of a mirror, the relay of an import, or the worker that brings space back,
+//! and it has what an installation needs.
 
 mod about;
 mod data;
 mod detached;
+mod exchange;
 mod import;
 mod mirror;
 mod nbd;
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
     let entry = arguments.next().unwrap_or_default();
     let run = match entry.to_str() {
         Some(gc::ENTRY) => return gc::main(&Host::from_environment(), &arguments.next().unwrap_or_default()),
+        Some(exchange::ENTRY) => return exchange::main(arguments),
         Some(mirror::ENTRY) => mirror::main,
         Some(import::ENTRY) => import::main,
         _ => return smapi::main(METHODS),

@@ -151,6 +151,9 @@ struct Run {
     /// The directory of the plugins' executables; that of this one if not given.
     #[arg(long, value_name = "DIR")]
     binaries: Option<PathBuf>,
+    /// Where the plugins are installed, as for `conformance`.
+    #[arg(long, value_name = "DIR", conflicts_with = "binaries")]
+    root: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -259,7 +262,10 @@ async fn migrate(plan: &PathBuf, run: &Run) -> Result<bool> {
 /// Runs, tells people on standard output, writes the report; true if everything holds.
 async fn perform(subject: Subject, run: &Run) -> Result<bool> {
     let settings = Settings {
-        binaries: binaries(run.binaries.as_deref())?,
+        binaries: match &run.root {
+            Some(root) => std::path::absolute(root)?,
+            None => binaries(run.binaries.as_deref())?,
+        },
         flow: run.flow.into(),
         one_host: run.one_host,
         verify: run.verify,

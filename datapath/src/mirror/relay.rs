@@ -1,6 +1,7 @@
 //! The one connection to a mirror's peer, and the pump between it and QEMU's NBD client.
 
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -72,7 +73,9 @@ async fn open(address: &Address) -> io::Result<Box<dyn Stream>> {
     Ok(match address {
         Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
         Address::Tcp(host, port) => {
-            let stream = TcpStream::connect((host.as_str(), *port)).await?;
+            // Names are not looked up: a statically linked C library cannot do that on every host.
+            let address: IpAddr = host.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+            let stream = TcpStream::connect(SocketAddr::new(address, *port)).await?;
             stream.set_nodelay(true)?;
             Box::new(stream)
         }

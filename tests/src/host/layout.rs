@@ -12,7 +12,7 @@ pub const VOLUME: &str = "xapi-storage-qcow2-volume";
 pub const DATAPATH: &str = "xapi-storage-qcow2-datapath";
 
 /// Where xapi-storage-script looks for plugins.
-const PLUGINS: &str = "usr/libexec/xapi-storage-script";
+pub(super) const PLUGINS: &str = "usr/libexec/xapi-storage-script";
 
 /// What packaging/install.sh puts beside the scripts.
 const OBSERVER: &str = include_str!("../../../packaging/observer.py");

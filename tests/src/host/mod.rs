@@ -42,6 +42,19 @@ pub enum PluginSource {
     Existing(PathBuf),
 }
 
+impl PluginSource {
+    /// Takes a directory for what it is: that of the two executables; one with `volume/` and `datapath/`; or a root below
+    /// which the plugins are installed.
+    #[must_use]
+    pub fn at(directory: &Path) -> Self {
+        if directory.join(VOLUME).exists() {
+            return Self::Binaries(directory.to_owned());
+        }
+        let installed = directory.join(layout::PLUGINS);
+        Self::Existing(if installed.join("volume").is_dir() { installed } else { directory.to_owned() })
+    }
+}
+
 /// A host. Dropping it stops its tasks; [`Host::leftovers`] says what its plugins left running.
 #[derive(Debug)]
 pub struct Host {

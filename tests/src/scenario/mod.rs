@@ -44,7 +44,7 @@ pub type Show = Arc<dyn Fn(&Event, &str) + Send + Sync>;
 /// How to run.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The directory of the two executables.
+    /// The directory of the two executables, or where they are installed ([`crate::host::PluginSource::at`]).
     pub binaries: PathBuf,
     /// The flow.
     pub flow: Flow,

@@ -43,7 +43,7 @@ pub struct Stage {
 /// How a stage is laid out.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout<'a> {
-    /// The directory of the two executables.
+    /// The directory of the two executables, or where they are installed ([`PluginSource::at`]).
     pub binaries: &'a Path,
     /// Whether source and destination are one host.
     pub one_host: bool,
@@ -83,7 +83,7 @@ impl Stage {
             }
         }
         let log = CallLog::default();
-        let plugins = PluginSource::Binaries(binaries.to_owned());
+        let plugins = PluginSource::at(binaries);
         let source = Host::start("a", &directory.path().join("a"), &plugins, &log).await.context("host a")?;
         let destination = if one_host {
             Arc::clone(&source)

@@ -75,9 +75,14 @@ pub struct World {
 impl World {
     /// Makes the hosts, gives the VM its history and starts the guest.
     pub async fn build(plan: &str, flow: Flow) -> Result<Self> {
+        Self::installed(&binaries(), plan, flow).await
+    }
+
+    /// The same with plugins that are installed somewhere ([`fake_xapi::host::PluginSource::at`]).
+    pub async fn installed(plugins: &Path, plan: &str, flow: Flow) -> Result<Self> {
         let plan = Plan::parse(plan.as_bytes())?;
         let model = plan.model()?;
-        let stage = Stage::build(&binaries(), false, &place()).await?;
+        let stage = Stage::build(plugins, false, &place()).await?;
         for host in [&stage.source, &stage.destination] {
             write_settings(host.root(), SETTINGS)?;
         }
