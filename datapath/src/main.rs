@@ -11,7 +11,6 @@ mod detached;
 mod exchange;
 mod import;
 mod mirror;
-mod nbd;
 mod path;
 mod task;
 

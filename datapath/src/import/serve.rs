@@ -3,24 +3,12 @@
 use std::path::Path;
 
 use plugin::error::{Error, Result};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use plugin::nbd::{self, End};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-
-use crate::nbd::{self, DISCONNECT, REQUEST_BYTES, REQUEST_MAGIC, WRITE};
 
 /// The size of each direction's buffer.
 const BUFFER: usize = 256 << 10;
-
-/// The longest payload that is passed on: what NBD's `doc/proto.md` lets a client send unasked.
-const PAYLOAD_BYTES: u32 = 32 << 20;
-
-/// How a client's requests ended.
-enum End {
-    /// It said goodbye, and may come back on the same connection.
-    Goodbye,
-    /// It closed the connection.
-    Closed,
-}
 
 /// How a client left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +65,7 @@ async fn relay(
         tokio::io::copy_buf(&mut from_server, to_client).await?;
         to_client.flush().await
     };
-    let requests = requests(from_client, &mut to_server);
+    let requests = nbd::pass_requests(from_client, &mut to_server);
     tokio::pin!(replies, requests);
     tokio::select! {
         end = &mut requests => {
@@ -89,40 +77,6 @@ async fn relay(
         result = &mut replies => {
             result?;
             Err(std::io::Error::new(std::io::ErrorKind::ConnectionReset, "the export was closed"))
-        }
-    }
-}
-
-/// Passes requests on until the client says goodbye or closes; the export is then told goodbye.
-async fn requests(
-    from_client: &mut (impl AsyncRead + Unpin),
-    to_server: &mut (impl AsyncWrite + Unpin),
-) -> std::io::Result<End> {
-    loop {
-        let mut header = [0; REQUEST_BYTES];
-        if from_client.read(&mut header[..1]).await? == 0 {
-            to_server.shutdown().await?;
-            return Ok(End::Closed);
-        }
-        from_client.read_exact(&mut header[1..]).await?;
-        let [a, b, c, d, _, _, e, f, ..] = header;
-        let (magic, command) = (u32::from_be_bytes([a, b, c, d]), u16::from_be_bytes([e, f]));
-        let [.., g, h, i, j] = header;
-        let length = u32::from_be_bytes([g, h, i, j]);
-        if magic != REQUEST_MAGIC || (command == WRITE && length > PAYLOAD_BYTES) {
-            let reason = format!("a request with magic {magic:#x} and length {length}");
-            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, reason));
-        }
-        to_server.write_all(&header).await?;
-        if command == WRITE {
-            let payload = tokio::io::copy(&mut from_client.take(u64::from(length)), to_server).await?;
-            if payload < u64::from(length) {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-        to_server.flush().await?;
-        if command == DISCONNECT {
-            return Ok(End::Goodbye);
         }
     }
 }

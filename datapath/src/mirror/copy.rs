@@ -12,14 +12,13 @@ use std::time::{Duration, Instant};
 
 use plugin::error::{Error, Result};
 use plugin::mirror::{Blocks, Phase, Range};
-use plugin::nbd::NbdUri;
+use plugin::nbd::{Connection, NbdUri};
 use plugin::qemu::daemon::Sockets;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::relay::{Stream, connect};
 use super::supervisor::{Outcome, Supervisor, want_end};
-use crate::nbd::Connection;
 
 /// How much is copied at once, in bytes.
 const CHUNK: u64 = 1 << 20;

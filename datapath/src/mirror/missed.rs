@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use plugin::error::Result;
 use plugin::mirror::How;
 use plugin::mirror::job::{self, BITMAP, COMPARED, JOB, JobInfo};
+use plugin::nbd::Connection;
 use plugin::qemu::daemon::Sockets;
 use plugin::qemu::qmp::Client;
 use plugin::qemu::{devices, graph};
@@ -24,7 +25,6 @@ use tokio::time::{sleep, timeout};
 use super::relay::Relay;
 use super::send::{CLEAR_LOOKS, broken};
 use super::supervisor::{Outcome, Supervisor, want_end};
-use crate::nbd::Connection;
 
 /// How often the job is looked at that sends what was missed: the guest is waiting.
 const LOOK: Duration = Duration::from_millis(5);

@@ -22,6 +22,5 @@ mod relay;
 mod send;
 mod supervisor;
 mod verify;
-mod zeroes;
 
 pub use supervisor::{ENTRY, main};

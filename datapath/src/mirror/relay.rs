@@ -8,12 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use plugin::error::{Error, Result};
-use plugin::nbd::{Address, ExportInfo, Greeting, NbdUri, query_export};
+use plugin::nbd::{Address, Ahead, ExportInfo, Greeting, NbdUri, query_export};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
-
-use super::zeroes::Ahead;
 
 /// How often a listener that is not there yet is tried: xapi binds its proxy's socket in a thread that may start after
 /// the call (xen-api `ocaml/xapi/storage_smapiv3_migrate.ml`).
@@ -113,7 +111,7 @@ impl Relay {
     ///
     /// The client is greeted as the peer greeted us. It answers with its flags, which the peer has had from us
     /// already; from there on every byte is passed on, but for the zeroes that come first where the peer `is_blank`
-    /// (see [`super::zeroes`]).
+    /// (see [`plugin::nbd::Ahead`]).
     ///
     /// # Errors
     ///

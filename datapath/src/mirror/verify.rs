@@ -5,6 +5,7 @@ use std::time::Duration;
 use plugin::error::{Error, Result};
 use plugin::mirror::job::{self, COMPARED, TARGET_NODE};
 use plugin::mirror::{How, Plan};
+use plugin::nbd::Connection;
 use plugin::qemu::daemon::Sockets;
 use plugin::qemu::graph;
 use plugin::qemu::qmp::Client;
@@ -15,7 +16,6 @@ use tokio::time::timeout;
 use super::relay::Relay;
 use super::send::CLEAR_LOOKS;
 use super::supervisor::{Outcome, Supervisor, want_end};
-use crate::nbd::Connection;
 
 /// How much is compared at once, in bytes.
 const CHUNK: u64 = 1 << 20;

@@ -2,26 +2,11 @@
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use super::wire::{
+    FIXED_NEWSTYLE, INFO_DESCRIPTION, INFO_EXPORT, INIT_MAGIC, NO_ZEROES, OPT_GO, OPT_INFO, OPTION_MAGIC,
+    OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_ERROR, REP_INFO, protocol,
+};
 use crate::error::{Error, Result};
-
-const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-
-const FLAG_FIXED_NEWSTYLE: u16 = 1;
-const FLAG_NO_ZEROES: u16 = 2;
-
-const OPT_INFO: u32 = 6;
-const OPT_GO: u32 = 7;
-
-const REP_ACK: u32 = 1;
-const REP_INFO: u32 = 3;
-const REP_ERROR: u32 = 1 << 31;
-const REP_ERR_UNSUP: u32 = REP_ERROR | 1;
-const REP_ERR_UNKNOWN: u32 = REP_ERROR | 6;
-
-const INFO_EXPORT: u16 = 0;
-const INFO_DESCRIPTION: u16 = 2;
 
 /// The longest answer to an option that is read: the protocol's strings are at most 4096 bytes.
 const REPLY_BYTES: u32 = 8192;
@@ -54,7 +39,7 @@ impl Greeting {
             return Err(protocol(doing, format!("the magic is {init:#x} {option:#x}")));
         }
         let flags = stream.read_u16().await.map_err(failed)?;
-        if flags & FLAG_FIXED_NEWSTYLE == 0 {
+        if flags & FIXED_NEWSTYLE == 0 {
             return Err(protocol(doing, "the server does not speak fixed newstyle".to_owned()));
         }
         Ok(Self { flags })
@@ -72,7 +57,7 @@ impl Greeting {
     /// Gives what QEMU's client answers to this greeting (QEMU `nbd/client.c`): each of the two flags that it knows
     /// and the server offers. Whoever speaks before it on the same connection must have said the same.
     pub fn client_flags(self) -> ClientFlags {
-        ClientFlags(u32::from(self.flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)))
+        ClientFlags(u32::from(self.flags & (FIXED_NEWSTYLE | NO_ZEROES)))
     }
 }
 
@@ -166,7 +151,7 @@ async fn ask(
         let answered = stream.read_u32().await.map_err(failed)?;
         let kind = stream.read_u32().await.map_err(failed)?;
         let length = stream.read_u32().await.map_err(failed)?;
-        if magic != REPLY_MAGIC || answered != option || length > REPLY_BYTES {
+        if magic != OPTION_REPLY_MAGIC || answered != option || length > REPLY_BYTES {
             let reason = format!("a reply with magic {magic:#x}, option {answered}, length {length}");
             return Err(protocol(doing, reason));
         }
@@ -198,11 +183,6 @@ fn take_info(payload: &[u8], info: &mut ExportInfo) {
     }
 }
 
-/// Makes the error of a peer that breaks the protocol.
-fn protocol(doing: &str, reason: String) -> Error {
-    Error::Io { doing: doing.to_owned(), source: std::io::Error::new(std::io::ErrorKind::InvalidData, reason) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,7 +201,7 @@ mod tests {
     }
 
     fn reply(kind: u32, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
+        let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
         bytes.extend(OPT_INFO.to_be_bytes());
         bytes.extend(kind.to_be_bytes());
         bytes.extend((payload.len() as u32).to_be_bytes());

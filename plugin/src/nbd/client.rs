@@ -1,13 +1,13 @@
 //! The client's side: an export chosen by its name, and one request after the other.
 
-use plugin::error::{Error, Result};
-use plugin::nbd::{ExportInfo, Greeting, choose_export};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{
+use super::handshake::{ExportInfo, Greeting, choose_export};
+use super::wire::{
     DISCONNECT, Export, FLUSH, IS_READ_ONLY, NO_ZEROES, OPT_EXPORT_NAME, OPTION_MAGIC, PADDING, READ, REPLY_MAGIC,
     REQUEST_BYTES, REQUEST_MAGIC, SENDS_FLUSH, SENDS_WRITE_ZEROES, WRITE, WRITE_ZEROES, protocol,
 };
+use crate::error::{Error, Result};
 
 /// Chooses an export on a fresh connection: the next byte from the server is a reply to a request.
 ///
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     fn reply(kind: u32, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = crate::nbd::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+        let mut bytes = crate::nbd::wire::OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
         bytes.extend(7_u32.to_be_bytes());
         bytes.extend(kind.to_be_bytes());
         bytes.extend((payload.len() as u32).to_be_bytes());
@@ -182,7 +182,7 @@ mod tests {
     /// Chooses an export of a server that greets with `flags`, sends `bytes` and closes; gives what the server was sent.
     async fn chosen(flags: u16, bytes: &[u8]) -> (Result<Export>, Vec<u8>) {
         let (mut near, mut far) = tokio::io::duplex(1 << 16);
-        far.write_all(&crate::nbd::INIT_MAGIC.to_be_bytes()).await.unwrap();
+        far.write_all(&crate::nbd::wire::INIT_MAGIC.to_be_bytes()).await.unwrap();
         far.write_all(&OPTION_MAGIC.to_be_bytes()).await.unwrap();
         far.write_all(&flags.to_be_bytes()).await.unwrap();
         far.write_all(bytes).await.unwrap();
@@ -196,7 +196,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_without_the_newer_option_is_asked_by_the_oldest() {
-        let old = [reply(crate::nbd::REP_ERR_UNSUP, b""), vec![0, 0, 0, 0, 0, 0, 16, 0, 0, 3]].concat();
+        let old = [reply(crate::nbd::wire::REP_ERR_UNSUP, b""), vec![0, 0, 0, 0, 0, 0, 16, 0, 0, 3]].concat();
         let (export, said) = chosen(3, &old).await;
         assert_eq!(export.unwrap(), Export { size: 4096, flags: 3 });
         assert!(said.ends_with(&[0, 0, 0, 1, 0, 0, 0, 1, b'e']), "{said:?}");

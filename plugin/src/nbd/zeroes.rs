@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::nbd::{REPLY_MAGIC, REQUEST_BYTES, REQUEST_MAGIC, WRITE_ZEROES};
+use super::wire::{REPLY_MAGIC, REQUEST_BYTES, REQUEST_MAGIC, WRITE_ZEROES};
 
 /// What begins every option: the first half of NBD's IHAVEOPT.
 const OPTION_MAGIC: u32 = 0x4948_4156;

@@ -1,12 +1,12 @@
 //! The server's side of the handshake, for a client that chooses an export by its name.
 
-use plugin::error::{Error, Result};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{
+use super::wire::{
     Export, FIXED_NEWSTYLE, INIT_MAGIC, NO_ZEROES, OPT_ABORT, OPT_EXPORT_NAME, OPTION_MAGIC, OPTION_REPLY_MAGIC,
     PADDING, REP_ACK, REP_ERR_UNSUP, protocol,
 };
+use crate::error::{Error, Result};
 
 /// The longest option that is read: a name has at most 4096 bytes.
 const OPTION_BYTES: u32 = 8192;
