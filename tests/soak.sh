@@ -1,6 +1,6 @@
 #!/bin/sh
 # Tries what is random with ever new seeds until its time is up: histories struck at system calls, migrations, mirrors of
-# differences, promises about contents, damage. Ends at the first failure, with the command that repeats it.
+# differences, promises about contents, damage, what others send. Ends at the first failure, with the command that repeats it.
 #
 #   tests/soak.sh [minutes]       30 if not given; SOAK_SEED=<number> begins with another seed
 set -eu
@@ -23,6 +23,7 @@ try() {
 }
 
 cargo build --workspace
+tests/fuzz/run.sh 20
 until=$(($(date +%s) + minutes * 60))
 echo "soak: $minutes minutes from seed $seed on"
 while [ "$(date +%s)" -lt "$until" ]; do
@@ -32,6 +33,7 @@ while [ "$(date +%s)" -lt "$until" ]; do
     try "MIRROR_SEED=$seed" --package datapath --test difference random
     try "CONTENT_SEED=$seed" --package volume --test content walk
     try "CHECK_SEED=$seed" --package volume --test check
+    try "FUZZ_SEED=$seed FUZZ_ROUNDS=5000" --package plugin --lib fuzz
     seed=$((seed + 1))
     rounds=$((rounds + 1))
 done

@@ -21,6 +21,8 @@
 pub mod activation;
 pub mod attachment;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod gc;
 pub mod host;
 pub mod id;

@@ -38,6 +38,12 @@ use crate::qemu::graph;
 use crate::qemu::qmp::Client;
 use crate::record::{self, Durability};
 use crate::store::Mode;
+/// What is private and fuzzed ([`crate::fuzz`]).
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed {
+    pub(crate) use super::state::State;
+}
+
 pub use import::{import_socket, note_broken_import};
 pub use seen::{Seen, SeenOpen};
 use state::State;

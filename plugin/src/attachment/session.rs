@@ -25,7 +25,7 @@ use crate::qemu::qmp::Client;
 /// One life of an export that can be written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Session {
+pub(crate) struct Session {
     /// Names what the volume holds when the session ends.
     pub token: ContentId,
     /// What the volume held when the session began.
@@ -37,7 +37,7 @@ pub(super) struct Session {
 /// What the description of an export says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Said {
+pub(crate) enum Said {
     /// Nothing.
     Nothing,
     /// The session.

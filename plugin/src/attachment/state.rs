@@ -54,7 +54,7 @@ impl From<Mode> for Use {
 /// lock beside it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct State {
+pub(crate) struct State {
     /// The format of the record.
     pub format: u64,
     /// The SR that holds the volume.
@@ -81,7 +81,7 @@ pub(super) struct State {
 /// An import, for which a relay runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Import {
+pub(crate) struct Import {
     /// The domain with whose activation it ends.
     pub domain: Domain,
     /// The relay's process.
@@ -91,7 +91,7 @@ pub(super) struct Import {
 /// A chain that is open and exported.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Open {
+pub(crate) struct Open {
     /// Whether it may be written to.
     pub mode: Mode,
     /// Its nodes, top first.
@@ -109,7 +109,7 @@ pub(super) struct Open {
 /// What is being done with a chain: written before it is done, so that what a killed call left is known for what it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Phase {
+pub(crate) enum Phase {
     /// It is being opened; nobody has been told that it can be used.
     Opening,
     /// It is open.

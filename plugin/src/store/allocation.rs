@@ -101,6 +101,10 @@ impl Allocation {
         if !(9..=21).contains(&cluster_bits) || l1_size > MAX_L1 {
             return Err(damaged(path, "its first-level table is impossible"));
         }
+        let length = file.metadata().map_err(Error::on("reading the state of", path))?.len();
+        if l1_offset.checked_add(u64::from(l1_size) * 8).is_none_or(|end| end > length) {
+            return Err(damaged(path, "its first-level table lies beyond its end"));
+        }
         let entry = if features & EXTENDED_L2 == 0 { 8 } else { 16 };
         let l1 = read_at(&file, path, l1_offset, u64::from(l1_size) * 8)?;
         let l1 = l1.as_chunks::<8>().0.iter().map(|bytes| u64::from_be_bytes(*bytes)).collect();
@@ -170,7 +174,10 @@ impl Allocation {
     /// As [`Self::open`].
     pub fn is_empty(&self) -> Result<bool> {
         let length = 1_u64 << self.cluster_bits;
+        // Each table has a place of its own. Without this bound a small file could have all of a large disk's.
+        let mut room = self.file.metadata().map_err(Error::on("reading the state of", &self.path))?.len();
         for offset in self.l1.iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0) {
+            room = room.checked_sub(length).ok_or_else(|| damaged(&self.path, "its tables lie on each other"))?;
             let table = read_at(&self.file, &self.path, offset, length)?;
             let entry = usize::try_from(self.entry).unwrap_or(usize::MAX);
             if table.chunks(entry).any(|bytes| self.state(bytes) != State::Unset) {

@@ -36,7 +36,7 @@ const WINDOW: u64 = BLOCK / 8;
 /// order and apart from each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Changed {
+pub(crate) struct Changed {
     format: u64,
     /// The size of a block in bytes.
     block: u64,
@@ -222,7 +222,7 @@ impl Layer {
 }
 
 impl Changed {
-    fn fill(&self, first: u64, states: &mut [State]) {
+    pub(crate) fn fill(&self, first: u64, states: &mut [State]) {
         let lists = [(&self.data, State::Data), (&self.zero, State::Zero), (&self.part_zero, State::PartZero)];
         for (ranges, state) in lists {
             let reaches = ranges.partition_point(|(start, count)| start + count <= first);
@@ -237,7 +237,7 @@ impl Changed {
         }
     }
 
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         if self.block != BLOCK {
             return Err(format!("it is of blocks of {} bytes", self.block));
         }

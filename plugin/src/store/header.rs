@@ -22,6 +22,9 @@ const MAX_CLUSTER_BITS: u32 = 21;
 /// The length of a version 3 header without the fields that may follow.
 const LENGTH: usize = 104;
 
+/// The smallest clusters whose subclusters, of which there are 32, are not smaller than a sector.
+const MIN_SUBCLUSTERED_BITS: u32 = 14;
+
 /// Features without which the file cannot be read, by bit; QEMU 7.2 knows all that are allowed here.
 mod incompatible {
     /// Reference counts may be wrong, which opening for writing repairs.
@@ -137,6 +140,10 @@ fn judge(
     if !(9..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
         return Ok(Err(format!("its cluster size of 2^{cluster_bits} bytes is impossible")));
     }
+    let header_length = u64::from(u32_at(head, 100));
+    if !(LENGTH as u64..=1 << cluster_bits).contains(&header_length) {
+        return Ok(Err(format!("its header of {header_length} bytes is impossible")));
+    }
     let features = u64_at(head, 72);
     for (bit, reason) in [
         (incompatible::CORRUPT, "it is marked as corrupt".to_owned()),
@@ -146,6 +153,14 @@ fn judge(
         if features & bit != 0 {
             return Ok(Err(reason));
         }
+    }
+    if features & incompatible::EXTENDED_L2 != 0 && cluster_bits < MIN_SUBCLUSTERED_BITS {
+        return Ok(Err(format!("its subclusters in clusters of 2^{cluster_bits} bytes are impossible")));
+    }
+    // The tables of data and of reference counts.
+    if [40, 48].iter().any(|at| !u64_at(head, *at).is_multiple_of(1 << cluster_bits) || u64_at(head, *at) >> 63 != 0)
+    {
+        return Ok(Err("its tables are out of place".to_owned()));
     }
     if u32_at(head, 32) != 0 {
         return Ok(Err("it is encrypted".to_owned()));
@@ -158,7 +173,6 @@ fn judge(
     if backing_at == 0 {
         return Ok(Ok(Header { virtual_size, backing: None }));
     }
-    let header_length = u64::from(u32_at(head, 100));
     let end = backing_at.saturating_add(u64::from(backing_length));
     if backing_length == 0 || backing_length > 1023 || end > 1 << cluster_bits || backing_at < header_length {
         return Ok(Err("its backing string is out of place".to_owned()));
@@ -242,10 +256,15 @@ mod tests {
             (16, &5000_u32.to_be_bytes(), "out of place"),
             (20, &40_u32.to_be_bytes(), "cluster size"),
             (32, &1_u32.to_be_bytes(), "encrypted"),
+            (40, &1_u64.to_be_bytes(), "tables are out of place"),
+            (40, &(1_u64 << 63).to_be_bytes(), "tables are out of place"),
+            (48, &512_u64.to_be_bytes(), "tables are out of place"),
             (60, &1_u32.to_be_bytes(), "internal snapshots"),
             (72, &2_u64.to_be_bytes(), "corrupt"),
             (72, &4_u64.to_be_bytes(), "another file"),
             (72, &32_u64.to_be_bytes(), "unknown features"),
+            (100, &103_u32.to_be_bytes(), "header of 103 bytes"),
+            (100, &u32::MAX.to_be_bytes(), "header of 4294967295 bytes"),
         ] {
             let error = changed(offset, patch).unwrap_err();
             assert!(matches!(error, Error::Image { .. }) && error.to_string().contains(words), "{error}");

@@ -50,6 +50,14 @@ mod sr;
 mod tree;
 mod uri;
 
+/// What is private and fuzzed ([`crate::fuzz`]).
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed {
+    pub(crate) use super::allocation::{Allocation, State};
+    pub(crate) use super::changed::Changed;
+    pub(crate) use super::sr::AttachedRecord;
+}
+
 pub use allocation::BLOCK;
 pub use blank::{Blank, Unit};
 pub use changed::Bitmap;

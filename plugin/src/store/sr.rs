@@ -46,9 +46,9 @@ impl Record for SrRecord {
 }
 
 /// The record of an attached SR in this host's runtime directory: where it is.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct AttachedRecord {
+pub(crate) struct AttachedRecord {
     format: u64,
     /// The SR's path as a URI, which can hold what JSON cannot.
     uri: String,

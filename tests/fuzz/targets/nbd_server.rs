@@ -1,0 +1,5 @@
+//! The target `nbd_server` of `plugin::fuzz`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| plugin::fuzz::run("nbd_server", input));

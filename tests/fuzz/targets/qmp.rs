@@ -1,0 +1,5 @@
+//! The target `qmp` of `plugin::fuzz`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| plugin::fuzz::run("qmp", input));
