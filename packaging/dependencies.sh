@@ -33,7 +33,7 @@ case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     packages) programs='cc rpmbuild dpkg-deb readelf' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
-    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 rpm rpmbuild dpkg-deb readelf' ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 rpm rpmbuild dpkg-deb readelf chromium' ;;
     *) die "usage: $0 [run|demo|test|packages]" ;;
 esac
 
@@ -58,6 +58,7 @@ debian_package() {
         rpm | rpmbuild) echo rpm ;;
         dpkg-deb) echo dpkg ;;
         readelf) echo binutils ;;
+        chromium) echo chromium ;;
         qemu-storage-daemon)
             # qemu-utils has it since QEMU 8.2 (Debian 13, the backport for Debian 12), qemu-system-common before.
             version=$(apt-cache policy qemu-utils | sed -n 's/^ *Candidate: *//p')
@@ -99,6 +100,7 @@ if [ -n "$lacking" ]; then
             case $program in
                 mkfs.ext4 | mkfs.xfs | debugfs) files="$files /usr/sbin/$program" ;;
                 dpkg-deb) files="$files dpkg" ;;
+                chromium) files="$files /usr/bin/chromium-browser" ;;
                 *) files="$files /usr/bin/$program" ;;
             esac
         done
@@ -110,7 +112,7 @@ if [ -n "$lacking" ]; then
     hash -r
     lacking=$(missing)
     [ -z "$lacking" ] || die "still missing: $lacking- install them by hand (QEMU $qemu_major.$qemu_minor or newer," \
-        "e2fsprogs, xfsprogs, libnbd's tools, strace, python3) and run this again"
+        "e2fsprogs, xfsprogs, libnbd's tools, strace, python3, chromium) and run this again"
 fi
 
 for program in qemu-img qemu-storage-daemon; do

@@ -7,6 +7,8 @@
 //!   host       plugin directories, SRs, HTTP server, NBD proxies of one host
 //!   script     runs one script: records it, injects faults
 //!   wire       encoding and decoding, no I/O
+//!
+//!   scenario   a whole run, judged: report (what holds), story (what happened when), page (both as HTML)
 //! ```
 //!
 //! Each layer uses those below it; a host's HTTP server is what calls back into smapiv2. Nothing here shares a type
@@ -21,10 +23,12 @@ pub mod draw;
 pub mod guest;
 pub mod host;
 pub mod nbd;
+pub mod page;
 pub mod plan;
 pub mod report;
 pub mod scenario;
 pub mod script;
 pub mod smapiv2;
+pub mod story;
 pub mod sxm;
 pub mod wire;

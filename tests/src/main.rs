@@ -9,8 +9,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use fake_xapi::bench::{self, Scale};
 use fake_xapi::conformance;
 use fake_xapi::demo::{History, bars};
+use fake_xapi::page;
 use fake_xapi::plan::Plan;
-use fake_xapi::scenario::{self, Settings, Subject};
+use fake_xapi::scenario::{self, FailAt, Settings, Subject};
 use fake_xapi::sxm::Flow;
 use tracing_subscriber::EnvFilter;
 
@@ -142,6 +143,12 @@ struct Run {
     /// Where the report goes, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where a page goes that shows what happened, as one file of HTML.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Makes one script call fail: SIDE:METHOD[:N], like `destination:Volume.snapshot:2`.
+    #[arg(long, value_name = "CALL")]
+    fail: Option<FailAt>,
     /// Source and destination are two SRs of one host.
     #[arg(long)]
     one_host: bool,
@@ -198,7 +205,7 @@ async fn main() -> ExitCode {
 
 async fn demo(run: &Run) -> Result<bool> {
     let history = tokio::task::spawn_blocking(History::make).await?.context("the example's file systems")?;
-    perform(Subject::Example(history), run).await
+    perform(Subject::Example(history), "the worked example", run).await
 }
 
 async fn conformance(judge: &Judge) -> Result<bool> {
@@ -255,12 +262,13 @@ async fn measure(args: &Bench) -> Result<bool> {
 
 async fn migrate(plan: &PathBuf, run: &Run) -> Result<bool> {
     let json = std::fs::read(plan).with_context(|| format!("cannot read {}", plan.display()))?;
+    let title = plan.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let plan = Plan::parse(&json).with_context(|| plan.display().to_string())?;
-    perform(Subject::of(plan)?, run).await
+    perform(Subject::of(plan)?, &title, run).await
 }
 
 /// Runs, tells people on standard output, writes the report; true if everything holds.
-async fn perform(subject: Subject, run: &Run) -> Result<bool> {
+async fn perform(subject: Subject, title: &str, run: &Run) -> Result<bool> {
     let settings = Settings {
         binaries: match &run.root {
             Some(root) => std::path::absolute(root)?,
@@ -271,11 +279,17 @@ async fn perform(subject: Subject, run: &Run) -> Result<bool> {
         verify: run.verify,
         poll: None,
         place: "/tmp".into(),
+        story: run.report.as_ref().map(|_| title.to_owned()),
+        fail: run.fail.clone(),
     };
     let outcome = scenario::run(subject, &settings, bars()).await?;
     writeln!(std::io::stdout(), "{outcome}").context("cannot write to standard output")?;
     if let Some(path) = &run.json {
         std::fs::write(path, outcome.report.to_json()?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let (Some(path), Some(story)) = (&run.report, &outcome.story) {
+        std::fs::write(path, page::render(&outcome.report, story))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(outcome.report.ok)

@@ -34,20 +34,31 @@ pub struct Moment {
     pub commands: u64,
     /// The longest that any of them took, in seconds.
     pub max_seconds: f64,
+    /// Half of them were as short as this, in seconds.
+    pub p50_seconds: f64,
+    /// 99 of 100 of them were.
+    pub p99_seconds: f64,
+}
+
+/// How many commands took how long.
+#[derive(Debug, Default)]
+struct Counts {
+    buckets: Vec<u64>,
+    count: u64,
+    max: Duration,
 }
 
 /// Collects latencies in a few kilobytes, however many there are.
 #[derive(Debug, Default)]
 pub struct Histogram {
-    buckets: Vec<u64>,
-    count: u64,
-    max: Duration,
+    all: Counts,
+    /// Those of the last moment.
+    last: Counts,
     series: Vec<(u64, Moment)>,
 }
 
-impl Histogram {
-    /// Takes in one command: when it ended, since the first start, and how long it took.
-    pub fn add(&mut self, at: Duration, took: Duration) {
+impl Counts {
+    fn add(&mut self, took: Duration) {
         let bucket = bucket_of(took.as_micros() as u64);
         if self.buckets.len() <= bucket {
             self.buckets.resize(bucket + 1, 0);
@@ -55,27 +66,6 @@ impl Histogram {
         self.buckets[bucket] += 1;
         self.count += 1;
         self.max = self.max.max(took);
-        let index = (at.as_millis() / MOMENT.as_millis()) as u64;
-        // Commands end in the order of time but for the moment when two writers race for the lock.
-        if self.series.last().is_none_or(|(last, _)| *last < index) {
-            let at_seconds = index as f64 * MOMENT.as_secs_f64();
-            self.series.push((index, Moment { at_seconds, ..Moment::default() }));
-        }
-        if let Some((_, moment)) = self.series.last_mut() {
-            moment.commands += 1;
-            moment.max_seconds = moment.max_seconds.max(took.as_secs_f64());
-        }
-    }
-
-    /// Sums up; `waiting` is how long the oldest unfinished command has waited.
-    pub fn summary(&self, waiting: Duration) -> Latency {
-        Latency {
-            max_seconds: self.max.max(waiting).as_secs_f64(),
-            p50_seconds: self.percentile(0.5),
-            p99_seconds: self.percentile(0.99),
-            p999_seconds: self.percentile(0.999),
-            series: self.series.iter().map(|(_, moment)| *moment).collect(),
-        }
     }
 
     fn percentile(&self, share: f64) -> f64 {
@@ -88,6 +78,50 @@ impl Histogram {
             }
         }
         0.0
+    }
+
+    /// A moment that began at so many seconds and has these commands.
+    fn moment(&self, at_seconds: f64) -> Moment {
+        Moment {
+            at_seconds,
+            commands: self.count,
+            max_seconds: self.max.as_secs_f64(),
+            p50_seconds: self.percentile(0.5),
+            p99_seconds: self.percentile(0.99),
+        }
+    }
+}
+
+impl Histogram {
+    /// Takes in one command: when it ended, since the first start, and how long it took.
+    pub fn add(&mut self, at: Duration, took: Duration) {
+        self.all.add(took);
+        let index = (at.as_millis() / MOMENT.as_millis()) as u64;
+        // Commands end in the order of time but for the moment when two writers race for the lock.
+        if self.series.last().is_none_or(|(last, _)| *last < index) {
+            let ended = std::mem::take(&mut self.last);
+            if let Some((_, moment)) = self.series.last_mut() {
+                *moment = ended.moment(moment.at_seconds);
+            }
+            let at_seconds = index as f64 * MOMENT.as_secs_f64();
+            self.series.push((index, Moment { at_seconds, ..Moment::default() }));
+        }
+        self.last.add(took);
+    }
+
+    /// Sums up; `waiting` is how long the oldest unfinished command has waited.
+    pub fn summary(&self, waiting: Duration) -> Latency {
+        let mut series: Vec<Moment> = self.series.iter().map(|(_, moment)| *moment).collect();
+        if let Some(moment) = series.last_mut() {
+            *moment = self.last.moment(moment.at_seconds);
+        }
+        Latency {
+            max_seconds: self.all.max.max(waiting).as_secs_f64(),
+            p50_seconds: self.all.percentile(0.5),
+            p99_seconds: self.all.percentile(0.99),
+            p999_seconds: self.all.percentile(0.999),
+            series,
+        }
     }
 }
 
@@ -134,6 +168,11 @@ mod tests {
         assert!((0.00099..=0.001).contains(&latency.p99_seconds), "{latency:?}");
         assert_eq!(latency.series.len(), 11);
         assert_eq!(latency.series.iter().map(|moment| moment.commands).sum::<u64>(), 1000);
+        let worst: Vec<f64> = latency.series.iter().map(|moment| moment.max_seconds).collect();
+        assert!((worst[0] - 0.000_099).abs() < 1e-9 && worst.is_sorted() && worst[10] == 0.001, "{worst:?}");
+        let in_order = |m: &Moment| m.p50_seconds <= m.p99_seconds && m.p99_seconds <= m.max_seconds;
+        assert!(latency.series.iter().all(in_order), "{latency:?}");
+        assert!((0.000_95..=0.000_99).contains(&latency.series[9].p50_seconds), "{latency:?}");
         assert_eq!(histogram.summary(Duration::from_secs(3)).max_seconds, 3.0);
         assert_eq!(Histogram::default().summary(Duration::ZERO), Latency::default());
     }

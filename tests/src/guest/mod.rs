@@ -17,7 +17,7 @@ mod verify;
 mod writer;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -178,6 +178,11 @@ impl Guest {
     /// How many commands were acknowledged so far.
     pub fn acknowledged(&self) -> u64 {
         self.shared.acknowledged()
+    }
+
+    /// When its series of latencies begins.
+    pub fn first_start(&self) -> Instant {
+        self.shared.first_start()
     }
 
     /// How long the oldest command in flight has been waiting.

@@ -87,6 +87,10 @@ impl Shared {
         self.lock().ledger.crashed();
     }
 
+    pub(super) fn first_start(&self) -> Instant {
+        self.first_start
+    }
+
     pub(super) fn acknowledged(&self) -> u64 {
         self.lock().acknowledged
     }

@@ -15,6 +15,17 @@ pub struct Leftovers {
 }
 
 impl Leftovers {
+    /// The same without the records of mirrors that have ended: Data.stat answers from them until the volume is destroyed.
+    #[must_use]
+    pub fn without_ended_mirrors(mut self) -> Self {
+        let is_record = |path: &PathBuf| {
+            let of_mirror = path.parent().and_then(Path::parent).is_some_and(|mirrors| mirrors.ends_with("mirrors"));
+            of_mirror && (path.ends_with("state.json") || path.ends_with("supervisor.log"))
+        };
+        self.files.retain(|path| !is_record(path));
+        self
+    }
+
     /// Whether there is nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -54,6 +54,12 @@ impl Wire {
         }
     }
 
+    /// When the connection was accepted.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// Bytes that went to the destination so far.
     #[must_use]
     pub fn to_destination(&self) -> u64 {
@@ -66,7 +72,7 @@ impl Wire {
         self.from_destination.load(Ordering::Relaxed)
     }
 
-    /// The counts over time, about ten a second while something moves.
+    /// The counts over time, about ten a second while something moves, and one at the end.
     #[must_use]
     pub fn samples(&self) -> Vec<Sample> {
         lock(&self.samples).clone()
@@ -75,16 +81,18 @@ impl Wire {
     fn count(&self, outward: bool, bytes: u64) -> u64 {
         let counter = if outward { &self.to_destination } else { &self.from_destination };
         counter.fetch_add(bytes, Ordering::Relaxed);
+        self.sample(SAMPLE_EVERY);
+        self.to_destination() + self.from_destination()
+    }
+
+    /// Notes the counts, unless that was done less than `apart` ago.
+    fn sample(&self, apart: Duration) {
         let at = self.started.elapsed();
         let mut samples = lock(&self.samples);
-        if samples.last().is_none_or(|last| at >= last.at + SAMPLE_EVERY) {
-            samples.push(Sample {
-                at,
-                to_destination: self.to_destination(),
-                from_destination: self.from_destination(),
-            });
+        if samples.last().is_none_or(|last| at >= last.at + apart) {
+            let (to_destination, from_destination) = (self.to_destination(), self.from_destination());
+            samples.push(Sample { at, to_destination, from_destination });
         }
-        self.to_destination() + self.from_destination()
     }
 }
 
@@ -210,6 +218,7 @@ impl Wires {
                 },
             }
         };
+        wire.sample(Duration::ZERO);
         tracing::debug!(vm, source, broken, to = wire.to_destination(), "wire closed");
     }
 }

@@ -8,6 +8,7 @@ use super::{Stage, Witness};
 use crate::db::VmRef;
 use crate::disk::{Inventory, Sr as SrFiles};
 use crate::guest::{Durability, verify_export};
+use crate::host::Leftovers;
 use crate::nbd::Client;
 use crate::report::Report;
 use crate::sxm::{self, Failed, Migrated};
@@ -151,10 +152,11 @@ pub(super) async fn of_failure(
     let left = Inventory::of(&stage.destination_path)?;
     let what = left.beyond(&Inventory::default());
     report.problems.extend(what.iter().map(|what| format!("left at the destination: {what}")));
-    report.properties.destination_clean =
-        left.is_empty() && stage.settled(&stage.destination, SETTLE, &mut report.problems).await;
+    let ended = Leftovers::without_ended_mirrors;
+    let settled = stage.settled_but_for(&stage.destination, SETTLE, ended, &mut report.problems).await;
+    report.properties.destination_clean = left.is_empty() && settled;
     let contradictions = SrFiles::read(&stage.source_path)?.contradictions()?;
-    let settled = stage.settled(&stage.source, SETTLE, &mut report.problems).await;
+    let settled = stage.settled_but_for(&stage.source, SETTLE, ended, &mut report.problems).await;
     report.properties.source_clean = contradictions.is_empty() && settled;
     report.problems.extend(contradictions);
     Ok(())

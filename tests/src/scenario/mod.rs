@@ -10,10 +10,12 @@
 //! before the source's volumes are destroyed. The time that takes is not counted as downtime.
 
 mod aftermath;
+mod failing;
 mod machine;
 mod stage;
 mod subject;
 mod summary;
+mod telling;
 mod verdict;
 mod witness;
 
@@ -23,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+pub use failing::FailAt;
 pub use machine::OnXapi;
 pub use stage::{Layout, Stage};
 pub use subject::Subject;
@@ -31,7 +34,9 @@ pub use witness::Witness;
 
 use crate::report::Report;
 use crate::script::{CallLog, CallRecord};
+use crate::story::Story;
 use crate::sxm::{self, Event, Flow, Migration};
+use telling::Telling;
 
 /// How many calls are told of a run that failed.
 const CALLS_TOLD: usize = 6;
@@ -56,6 +61,10 @@ pub struct Settings {
     pub poll: Option<Duration>,
     /// Where the hosts and their SRs are made: a directory with a short path.
     pub place: PathBuf,
+    /// Whether the story is told too, under this title; that takes a few looks at all images.
+    pub story: Option<String>,
+    /// A call that is made to fail.
+    pub fail: Option<FailAt>,
 }
 
 /// What came of a run.
@@ -68,6 +77,8 @@ pub struct Outcome {
     /// If not everything holds, the last script calls: host, request, answer and time of each; and what the
     /// plugins say of themselves.
     pub calls: Vec<String>,
+    /// What happened when, if that was asked for.
+    pub story: Option<Story>,
 }
 
 /// Runs a subject from its first write to the last check. That something does not hold is in the report.
@@ -100,24 +111,48 @@ async fn on(stage: &Stage, subject: Subject, settings: &Settings, show: Show) ->
     report.seconds.add("history", began.elapsed().as_secs_f64());
 
     let witness = Witness::new(stage, vm, subject, settings.flow, show)?;
+    let mut telling = settings.story.as_ref().map(|title| Telling::begin(title, stage, &witness)).transpose()?;
     witness.start_guests(&disks).await?;
     let mut migration = Migration::new(vm, &stage.destination, &stage.destination_sr, settings.flow);
     if let Some(poll) = settings.poll {
         migration.poll = poll;
     }
     let mut drawing = String::new();
-    match sxm::migrate(&stage.xapi, &migration, &witness).await {
-        Ok(migrated) => drawing = aftermath::of_success(stage, &witness, vm, &migrated, &mut report).await?,
-        Err(failed) => aftermath::of_failure(stage, &witness, vm, *failed, &mut report).await?,
+    let struck = settings.fail.as_ref().map(|fail| fail.order(stage));
+    let migrated = {
+        let _running = telling.as_mut().map(Telling::migrating);
+        sxm::migrate(&stage.xapi, &migration, &witness).await
+    };
+    if struck.is_some_and(|struck| !struck.is_over()) {
+        report.problems.push("the call that was to fail was never made".to_owned());
+    }
+    let wires = match &migrated {
+        Ok(migrated) => migrated.wires.clone(),
+        Err(failed) => failed.wires.clone(),
+    };
+    if let (Some(telling), Err(failed)) = (&mut telling, &migrated) {
+        telling.failed(failed);
+    }
+    let looked = match migrated {
+        Ok(migrated) => aftermath::of_success(stage, &witness, vm, &migrated, &mut report).await,
+        Err(failed) => aftermath::of_failure(stage, &witness, vm, *failed, &mut report).await.map(|()| String::new()),
+    };
+    match looked {
+        Ok(drawn) => drawing = drawn,
+        Err(error) => report.problems.push(format!("{error:#}")),
     }
     report.guests = witness.accounts();
     report.ok = report.problems.is_empty() && report.properties.all();
+    let story = match telling {
+        Some(telling) => Some(telling.end(stage, &witness, &wires, &report).await),
+        None => None,
+    };
     let mut calls = if report.ok { Vec::new() } else { last_calls(&stage.log) };
     if !report.ok {
         calls.extend(stage.source.diagnostics().await);
         calls.extend(stage.destination.diagnostics().await);
     }
-    Ok(Outcome { report, drawing, calls })
+    Ok(Outcome { report, drawing, calls, story })
 }
 
 /// The last calls that failed, and the very last ones.

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::db::Xapi;
-use crate::host::{Host, PluginSource};
+use crate::host::{Host, Leftovers, PluginSource};
 use crate::script::CallLog;
 use crate::smapiv2::Sr;
 
@@ -119,9 +119,20 @@ impl Stage {
 
     /// Waits until nothing of a host's plugins runs or lies about any more; what still does is added to the problems.
     pub async fn settled(&self, host: &Host, patience: Duration, problems: &mut Vec<String>) -> bool {
+        self.settled_but_for(host, patience, |left| left, problems).await
+    }
+
+    /// Waits as [`Self::settled`] does, for what is still left once `but_for` has taken out what may stay.
+    pub async fn settled_but_for(
+        &self,
+        host: &Host,
+        patience: Duration,
+        but_for: impl Fn(Leftovers) -> Leftovers,
+        problems: &mut Vec<String>,
+    ) -> bool {
         let deadline = Instant::now() + patience;
         loop {
-            let left = host.leftovers();
+            let left = but_for(host.leftovers());
             if left.is_empty() {
                 return true;
             }

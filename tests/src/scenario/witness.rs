@@ -12,7 +12,7 @@ use super::verdict::{Judged, Place};
 use super::{Show, Stage, Subject};
 use crate::db::{ActiveDisk, VmRef};
 use crate::disk::{Pair, Shape};
-use crate::guest::{Account, Guest, Ledger};
+use crate::guest::{Account, Guest, Latency, Ledger};
 use crate::nbd::Uri;
 use crate::smapiv2::Vdi;
 use crate::sxm::{Event, Flow, Observer};
@@ -48,7 +48,10 @@ struct Seen {
     accounts: BTreeMap<usize, Account>,
     ledgers: BTreeMap<usize, Ledger>,
     suspended: Option<Instant>,
+    resumed: Option<Instant>,
     downtime: Option<Duration>,
+    /// What happened when, but for progress.
+    events: Vec<(Instant, Event)>,
     judged: Option<Result<Judged>>,
 }
 
@@ -151,6 +154,28 @@ impl Witness {
         sorted.into_values().collect()
     }
 
+    /// The source volumes and what they are to the VM.
+    pub(super) fn volumes(&self) -> &BTreeMap<String, Volume> {
+        &self.volumes
+    }
+
+    /// What happened when, but for progress.
+    pub(super) fn events(&self) -> Vec<(Instant, Event)> {
+        self.seen().events.clone()
+    }
+
+    /// When the VM was suspended, and when its disks were usable again, if they ever were.
+    pub(super) fn pause(&self) -> Option<(Instant, Option<Instant>)> {
+        let seen = self.seen();
+        Some((seen.suspended?, seen.resumed))
+    }
+
+    /// When the guest of each disk was made, and how long its commands took since.
+    pub(super) async fn latencies(&self) -> Vec<(usize, Instant, Latency)> {
+        let guests = self.guests.lock().await;
+        guests.iter().map(|(disk, guest)| (*disk, guest.first_start(), guest.account().latency)).collect()
+    }
+
     /// Snapshots at the destination, and the disks there that they are of.
     pub fn snapshots(&self) -> Vec<(String, String)> {
         let seen = self.seen();
@@ -195,12 +220,16 @@ impl Witness {
             seen.downtime = seen.suspended.map(|suspended| suspended.elapsed() - seconds_of(&judged));
             seen.judged = Some(judged);
         }
+        self.seen().resumed = Some(Instant::now());
         self.start_guests(&disks).await
     }
 }
 
 impl Observer for Witness {
     fn event(&self, event: &Event) {
+        if !matches!(event, Event::Progress { .. }) {
+            self.seen().events.push((Instant::now(), event.clone()));
+        }
         match event {
             Event::Arrived { source, destination } => {
                 self.seen().arrived.insert(source.0.clone(), destination.0.clone());

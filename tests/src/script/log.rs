@@ -41,6 +41,12 @@ impl Default for CallLog {
 }
 
 impl CallLog {
+    /// When the log began, from which its times are counted.
+    #[must_use]
+    pub fn epoch(&self) -> Instant {
+        self.epoch
+    }
+
     /// All calls so far, in the order they began.
     #[must_use]
     pub fn calls(&self) -> Vec<CallRecord> {

@@ -39,7 +39,16 @@ async fn migrate_in(place: &Path, subject: Subject, flow: Flow, one_host: bool) 
 
 fn settings(place: &Path, flow: Flow) -> Settings {
     let poll = Some(Duration::from_millis(20));
-    Settings { binaries: binaries(), flow, one_host: false, verify: false, poll, place: place.to_owned() }
+    Settings {
+        binaries: binaries(),
+        flow,
+        one_host: false,
+        verify: false,
+        poll,
+        place: place.to_owned(),
+        story: None,
+        fail: None,
+    }
 }
 
 /// What a report says if not everything holds.
