@@ -2,12 +2,13 @@
 //!
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
 //! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`]. The same executable, called
-//! with another argument, is the supervisor of a mirror, the relay of an import, or the worker that brings space back,
-//! and it has what an installation needs.
+//! with another argument, is the supervisor of a mirror, the relay of an import, the server of a block device, or the
+//! worker that brings space back, and it has what an installation needs.
 
 mod about;
 mod data;
 mod detached;
+mod device;
 mod exchange;
 mod import;
 mod mirror;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         Some(exchange::ENTRY) => return exchange::main(arguments),
         Some(mirror::ENTRY) => mirror::main,
         Some(import::ENTRY) => import::main,
+        Some(plugin::device::ENTRY) => device::main,
         _ => return smapi::main(METHODS),
     };
     run(&Host::from_environment(), &arguments.next().unwrap_or_default().to_string_lossy())

@@ -158,6 +158,30 @@ pub fn activate(host: &Host, uri: VolumeUri, domain: &Domain, mode: Mode) -> Res
     }
 }
 
+/// Gives a domain that is active the volume's block device: see [`Attachment::open_device`].
+///
+/// # Errors
+///
+/// As [`Attachment::open_device`].
+pub fn open_device(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
+    match Attachment::lock_existing(host, uri.volume)? {
+        Some(mut attachment) => attachment.open_device(domain),
+        None => Err(Error::NotActive { volume: uri.volume.to_string() }),
+    }
+}
+
+/// Passes on what the kernel holds back of what a domain wrote to the volume's block device, before a mirror of it ends.
+///
+/// # Errors
+///
+/// As [`Attachment::write_device_back`].
+pub fn write_device_back(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<()> {
+    match Attachment::lock_existing(host, uri.volume)? {
+        Some(mut attachment) => attachment.write_device_back(domain),
+        None => Ok(()),
+    }
+}
+
 /// Deactivates a domain; whatever is not there is deactivated already: the domain, the volume, its SR.
 ///
 /// # Errors

@@ -116,6 +116,12 @@ impl Domain {
         let digits = self.0.strip_prefix("MIR").or_else(|| self.0.strip_prefix("CP"));
         digits.is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_hexdigit()))
     }
+
+    /// Tells whether xapi made this name for dom0 itself: `u0_` and the datapath's name, as xapi-storage-script makes it
+    /// of domain 0 (xen-api `ocaml/xapi-storage-script/main.ml`, domain_of), or what `static-vdis` calls it.
+    pub fn is_control_domain(&self) -> bool {
+        self.0 == "0" || self.0.starts_with("u0_")
+    }
 }
 
 impl FromStr for Domain {

@@ -20,6 +20,7 @@
 
 pub mod activation;
 pub mod attachment;
+pub mod device;
 pub mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

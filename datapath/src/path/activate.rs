@@ -3,7 +3,7 @@
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::store::Mode;
-use plugin::{activation, mirror};
+use plugin::{activation, device, mirror};
 
 pub use super::Parameters;
 
@@ -12,9 +12,10 @@ pub use super::Parameters;
 ///
 /// # Errors
 ///
-/// See [`activation::activate`].
+/// See [`activation::activate`] and [`activation::open_device`].
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let Parameters { uri, domain } = parameters;
     mirror::source_activated(host, uri.volume)?;
-    activation::activate(host, uri, &domain, Mode::ReadWrite)
+    activation::activate(host, uri, &domain, Mode::ReadWrite)?;
+    if device::is_for(host, &domain)? { activation::open_device(host, uri, &domain) } else { Ok(()) }
 }

@@ -1,9 +1,9 @@
 //! Datapath.activate_readonly: opens a volume for a domain to read.
 
-use plugin::activation;
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::store::Mode;
+use plugin::{activation, device};
 
 pub use super::Parameters;
 
@@ -12,8 +12,9 @@ pub use super::Parameters;
 ///
 /// # Errors
 ///
-/// See [`activation::activate`].
+/// See [`activation::activate`] and [`activation::open_device`].
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let Parameters { uri, domain } = parameters;
-    activation::activate(host, uri, &domain, Mode::ReadOnly)
+    activation::activate(host, uri, &domain, Mode::ReadOnly)?;
+    if device::is_for(host, &domain)? { activation::open_device(host, uri, &domain) } else { Ok(()) }
 }

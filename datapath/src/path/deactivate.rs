@@ -17,14 +17,16 @@ pub use super::Parameters;
 /// [`activation::deactivate`] for the rest.
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let Parameters { uri, domain } = parameters;
-    let is_last = is_last_active(host, uri, &domain)?;
+    let is_last = look(host, uri, &domain)?;
     mirror::before_deactivate(host, uri.volume, &domain, is_last)?;
     activation::deactivate(host, uri, &domain)
 }
 
-/// Tells whether no other domain is active. No lock is held afterwards: the mirror's end takes its time.
-fn is_last_active(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<bool> {
-    let attachment = Attachment::lock_existing(host, uri.volume)?;
-    let others = attachment.iter().flat_map(|attachment| attachment.domains()).filter(|(other, _)| *other != domain);
-    Ok(!others.into_iter().any(|(_, usage)| usage.is_active()))
+/// Sees that a mirror gets all that was written to a block device, and tells whether no other domain is active. No lock is
+/// held afterwards: the mirror's end takes its time.
+fn look(host: &Host, uri: VolumeUri, domain: &Domain) -> Result<bool> {
+    let Some(mut attachment) = Attachment::lock_existing(host, uri.volume)? else { return Ok(true) };
+    attachment.write_device_back(domain)?;
+    let mut others = attachment.domains().iter().filter(|(other, _)| *other != domain);
+    Ok(!others.any(|(_, usage)| usage.is_active()))
 }

@@ -4,6 +4,7 @@
 
 mod calls;
 mod costs;
+mod device;
 mod hosts;
 mod import;
 mod nonsense;

@@ -108,6 +108,7 @@ impl Attachment {
         self.learn_top(client).await?;
         let Some(open) = self.state.open.clone() else { return graph::close(client).await };
         self.set_phase(Phase::Closing)?;
+        self.end_device(true)?;
         graph::remove_export(client, true).await?;
         let flushed = match open.mode {
             Mode::ReadWrite => self.flush(client, &open).await,

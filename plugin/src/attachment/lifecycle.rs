@@ -62,7 +62,7 @@ impl Attachment {
             Some(Mode::ReadWrite) if wanted == Use::ReadWrite => self.join_session().await?,
             Some(open) if open >= needed => {}
             Some(_) => {
-                if !self.clients_are_gone().await? {
+                if !self.make_way(domain)? || !self.clients_are_gone().await? {
                     return Err(Error::VolumeInUse {
                         volume: self.state.volume.to_string(),
                         reason: "it is open read-only and a client is connected".to_owned(),
@@ -104,13 +104,15 @@ impl Attachment {
             (_, None) => Ok(()),
             (None, Some(_)) => {
                 let client = self.client().await?;
+                self.leave_device(domain)?;
                 self.close_graph(&client).await
             }
             (Some(Mode::ReadOnly), Some(Mode::ReadWrite)) if usage == Some(Use::ReadWrite) => {
                 let client = self.client().await?;
+                self.leave_device(domain)?;
                 self.downgrade_graph(&client).await
             }
-            (Some(_), Some(_)) => Ok(()),
+            (Some(_), Some(_)) => self.leave_device(domain),
         };
         let is_over = usage.is_some() && (closed.is_ok() || self.state.unflushed.contains_key(domain));
         if is_over {
@@ -145,6 +147,7 @@ impl Attachment {
     /// When the daemon's process does not end.
     pub async fn stop(&mut self) -> Result<()> {
         self.end_import(|_| true)?;
+        self.end_device(false)?;
         match &self.state.daemon {
             Some(process) => {
                 daemon::stop(&self.host, &self.directory, process).await?;

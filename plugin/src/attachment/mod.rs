@@ -16,6 +16,7 @@
 //! Which host may activate a volume is not decided here but in the SR: see [`crate::activation`].
 
 mod clients;
+mod device;
 mod graph_state;
 mod import;
 mod lifecycle;
@@ -140,7 +141,9 @@ impl Attachment {
         let domains: Vec<String> =
             state.domains.iter().map(|(domain, usage)| format!("{domain} {usage:?}")).collect();
         let clients = clients::count(&Sockets::of(&directory).nbd())?;
-        Ok(format!("{daemon}, {open}{announced}, {clients} clients, domains: {}", domains.join(", ")))
+        let device = state.device.and_then(|device| device.number);
+        let device = device.map_or_else(String::new, |number| format!(", block device {}", number.path().display()));
+        Ok(format!("{daemon}, {open}{announced}{device}, {clients} clients, domains: {}", domains.join(", ")))
     }
 
     /// Reads the record behind a lock that was taken; without one, makes it for `uri` or, without that, gives `None`.
@@ -176,6 +179,11 @@ impl Attachment {
             _lock: lock,
         };
         attachment.notice_death();
+        if attachment.state.device.is_none()
+            && let Err(error) = attachment.end_device(false)
+        {
+            tracing::warn!(error = error.chain(), "what a killed call left of a block device is still there");
+        }
         attachment.settle();
         Ok(Some(attachment))
     }
@@ -280,6 +288,9 @@ impl Attachment {
         }
         self.state.daemon = None;
         self.state.open = None;
+        if let Err(error) = self.end_device(false) {
+            tracing::warn!(error = error.chain(), "the block device of a daemon that has died is left");
+        }
     }
 }
 
@@ -299,6 +310,13 @@ impl Drop for Attachment {
 fn remove_directory(host: &Host, settings: &Settings, directory: &Path) {
     if let Err(error) = daemon::kill_strays(host, directory, settings.qmp()) {
         tracing::error!(error = error.chain(), "a storage daemon that no record tells of is left");
+        return;
+    }
+    let volume = directory.file_name().and_then(|name| name.to_str()?.parse().ok());
+    if let Some(volume) = volume
+        && let Err(error) = device::remove(host, settings, directory, volume, None)
+    {
+        tracing::error!(error = error.chain(), "a block device that no record tells of is left");
         return;
     }
     let names = fs::read_dir(directory).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.file_name()));

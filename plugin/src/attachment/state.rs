@@ -1,11 +1,12 @@
 //! What is recorded of a volume's life on this host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::session::Session;
+use crate::device::Loop;
 use crate::host::Process;
 use crate::id::{Domain, NodeId, SrUuid, VolumeKey, VolumeUri};
 use crate::record::Record;
@@ -76,6 +77,23 @@ pub(crate) struct State {
     /// The import that writes to the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub import: Option<Import>,
+    /// The volume's block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<Device>,
+}
+
+/// A block device, and the process behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Device {
+    /// The process that serves it.
+    pub server: Process,
+    /// The loop device, once there is one.
+    pub number: Option<Loop>,
+    /// Whether it may be written to.
+    pub mode: Mode,
+    /// The active domains that it is for.
+    pub domains: BTreeSet<Domain>,
 }
 
 /// An import, for which a relay runs.
@@ -139,6 +157,7 @@ impl State {
             open: None,
             unflushed: BTreeMap::new(),
             import: None,
+            device: None,
         }
     }
 

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::id::{MirrorKey, SrUuid, VolumeKey};
 pub use launch::Launch;
 pub use process::Process;
-pub use settings::Settings;
+pub use settings::{BlockDevices, Settings};
 
 /// The variable that puts a directory before every absolute path of the host but those of SRs, so that several
 /// hosts can live on one machine.
@@ -26,6 +26,7 @@ pub const ROOT_VARIABLE: &str = "XAPI_STORAGE_QCOW2_ROOT";
 /// ```text
 /// /etc/xensource-inventory         INSTALLATION_UUID: the host's uuid
 /// /etc/xapi-storage-qcow2.json     settings, all optional
+/// /dev/xapi-storage-qcow2/<volume>  a symlink to the volume's block device
 /// /run/xapi-storage-qcow2/
 ///     srs/<sr uuid>.json           an attached SR: where it is
 ///     volumes/<volume uuid>/       a volume with a datapath: its daemon, sockets and state
@@ -89,6 +90,12 @@ impl Host {
         let path = if below.exists() { below } else { PathBuf::from("/proc/sys/kernel/random/boot_id") };
         let text = fs::read_to_string(&path).map_err(Error::on("reading", &path))?;
         Uuid::try_parse(text.trim()).map_err(|_| Error::DamagedRecord { path, reason: "not a boot id".to_owned() })
+    }
+
+    /// Tells whether this is Xen's control domain, dom0, whose blkback gives guests their disks.
+    pub fn is_xen_control_domain(&self) -> bool {
+        let capabilities = fs::read_to_string(self.root.join("proc/xen/capabilities"));
+        capabilities.is_ok_and(|capabilities| capabilities.contains("control_d"))
     }
 
     /// Reads the settings; a file that is not there means the defaults.

@@ -32,6 +32,20 @@ pub struct Settings {
     pub verify: bool,
     /// Whether space is brought back by itself.
     pub gc: bool,
+    /// Who is given block devices.
+    pub block_device: BlockDevices,
+}
+
+/// Whether guests and dom0 are given block devices of volumes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockDevices {
+    /// In a Xen control domain, where guests need them, if it has what they are made of.
+    Auto,
+    /// Wherever this is. What they are made of has to be there.
+    Always,
+    /// Nowhere.
+    Never,
 }
 
 impl Default for Settings {
@@ -46,6 +60,7 @@ impl Default for Settings {
             difference: true,
             verify: false,
             gc: true,
+            block_device: BlockDevices::Auto,
         }
     }
 }
@@ -86,8 +101,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("settings.json");
         assert_eq!(Settings::read(&path).unwrap(), Settings::default());
-        fs::write(&path, r#"{"drain_seconds": 5, "difference": false}"#).unwrap();
-        let expected = Settings { drain_seconds: 5, difference: false, ..Settings::default() };
+        fs::write(&path, r#"{"drain_seconds": 5, "difference": false, "block_device": "never"}"#).unwrap();
+        let expected = Settings {
+            drain_seconds: 5,
+            difference: false,
+            block_device: BlockDevices::Never,
+            ..Settings::default()
+        };
         assert_eq!(Settings::read(&path).unwrap(), expected);
         fs::write(&path, r#"{"drain_second": 5}"#).unwrap();
         assert!(Settings::read(&path).unwrap_err().to_string().contains("settings.json"));

@@ -4,8 +4,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::handshake::{ExportInfo, Greeting, choose_export};
 use super::wire::{
-    DISCONNECT, Export, FLUSH, IS_READ_ONLY, NO_ZEROES, OPT_EXPORT_NAME, OPTION_MAGIC, PADDING, READ, REPLY_MAGIC,
-    REQUEST_BYTES, REQUEST_MAGIC, SENDS_FLUSH, SENDS_WRITE_ZEROES, WRITE, WRITE_ZEROES, protocol,
+    DISCONNECT, Export, FLUSH, NO_ZEROES, OPT_EXPORT_NAME, OPTION_MAGIC, PADDING, READ, REPLY_MAGIC, REQUEST_BYTES,
+    REQUEST_MAGIC, SENDS_FLUSH, SENDS_WRITE_ZEROES, WRITE, WRITE_ZEROES, protocol,
 };
 use crate::error::{Error, Result};
 
@@ -73,7 +73,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Tells whether the export refuses writes.
     pub fn is_read_only(&self) -> bool {
-        self.export.flags & IS_READ_ONLY != 0
+        self.export.is_read_only()
     }
 
     /// Reads bytes into the whole of `buffer`.

@@ -6,6 +6,7 @@
 //! which every client knows, the oldest ones included.
 
 mod client;
+mod frames;
 mod handshake;
 mod requests;
 mod server;
@@ -14,6 +15,7 @@ mod wire;
 mod zeroes;
 
 pub use client::{Connection, choose};
+pub use frames::{Command, REPLY_BYTES, REQUEST_BYTES, reply, request};
 pub use handshake::{ClientFlags, ExportInfo, Greeting, choose_export, query_export};
 pub use requests::{End, pass_requests};
 pub use server::{Choice, negotiate};

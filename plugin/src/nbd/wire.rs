@@ -56,6 +56,13 @@ pub struct Export {
     pub flags: u16,
 }
 
+impl Export {
+    /// Tells whether it refuses writes.
+    pub fn is_read_only(self) -> bool {
+        self.flags & IS_READ_ONLY != 0
+    }
+}
+
 /// Makes the error of a peer that breaks the protocol.
 pub(super) fn protocol(doing: &str, reason: impl Into<String>) -> Error {
     let source = std::io::Error::new(std::io::ErrorKind::InvalidData, reason.into());
