@@ -1,6 +1,7 @@
 #!/bin/sh
-# Tries what is random with ever new seeds until its time is up: histories struck at system calls, migrations, mirrors of
-# differences, promises about contents, damage, what others send. Ends at the first failure, with the command that repeats it.
+# Tries what is random with ever new seeds until its time is up: histories struck at system calls, power cuts, broken
+# disks, migrations, mirrors of differences, promises about contents, damage, what others send. Ends at the first failure, with the command that repeats it.
+# Each round also does one part of SOAK_SHARES (1000) of every short history struck everywhere, the next one each time.
 #
 #   tests/soak.sh [minutes]       30 if not given; SOAK_SEED=<number> begins with another seed
 set -eu
@@ -8,6 +9,7 @@ cd "$(dirname -- "$0")/.."
 PATH=$PATH:$HOME/.cargo/bin
 minutes=${1-30}
 seed=${SOAK_SEED-$(date +%s)}
+shares=${SOAK_SHARES-1000}
 rounds=0
 
 # Runs one suite with a seed: the variables, then cargo's arguments.
@@ -27,7 +29,10 @@ tests/fuzz/run.sh 20
 until=$(($(date +%s) + minutes * 60))
 echo "soak: $minutes minutes from seed $seed on"
 while [ "$(date +%s)" -lt "$until" ]; do
-    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_STEPS=4" --package fake-xapi --test steps
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_STEPS=4" --package fake-xapi --test steps struck
+    try "FAKE_XAPI_STEPS=all FAKE_XAPI_SHARE=$((seed % shares))/$shares" --package fake-xapi --test steps struck
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_POWER=2" --package fake-xapi --test steps power
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_DISK=20" --package fake-xapi --test steps broken
     try "FAKE_XAPI_SEED=$seed FAKE_XAPI_PLANS=1 FAKE_XAPI_GC=true" --package fake-xapi --test migration random
     try "FAKE_XAPI_GC=true" --package fake-xapi --test conformance
     try "MIRROR_SEED=$seed" --package datapath --test difference random

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Context;
+
 /// The unit of what is written, in bytes.
 pub const BLOCK: u64 = 64 << 10;
 
@@ -33,6 +35,12 @@ pub enum Operation {
     Activate,
     /// The guest goes.
     Deactivate,
+    /// Space is brought back.
+    Gc,
+    /// A migration writes to `w` without ever flushing, and then ends.
+    Receive,
+    /// The data of `s` goes.
+    Forget,
 }
 
 /// What a volume holds.
@@ -42,6 +50,8 @@ pub struct Disk {
     pub size: u64,
     /// The byte that fills each block; those that are not here are zeroes.
     pub blocks: BTreeMap<u64, u8>,
+    /// Whether its data was destroyed, and only what is told of it is left.
+    pub is_forgotten: bool,
 }
 
 /// What is to be there.
@@ -58,7 +68,8 @@ pub struct Model {
 impl Model {
     /// The small SR as every history finds it; [`super::world::World::after`] makes it.
     pub fn small() -> Self {
-        let disk = |blocks: &[(u64, u8)]| Disk { size: SIZE, blocks: blocks.iter().copied().collect() };
+        let disk =
+            |blocks: &[(u64, u8)]| Disk { size: SIZE, blocks: blocks.iter().copied().collect(), is_forgotten: false };
         let volumes = [
             ("v", disk(&[(0, 1), (1, 2), (2, 2)])),
             ("s", disk(&[(0, 1), (1, 1)])),
@@ -71,8 +82,8 @@ impl Model {
 }
 
 impl Operation {
-    /// All of them.
-    pub const ALL: [Self; 11] = [
+    /// Those of which every short history is made.
+    pub const ALL: [Self; 12] = [
         Self::Create,
         Self::Write,
         Self::Snapshot,
@@ -84,7 +95,11 @@ impl Operation {
         Self::Compose,
         Self::Activate,
         Self::Deactivate,
+        Self::Gc,
     ];
+
+    /// Those that are not among them.
+    pub const MORE: [Self; 2] = [Self::Receive, Self::Forget];
 
     /// Tells whether it adds a volume each time that it is asked for.
     pub fn adds(self) -> bool {
@@ -107,11 +122,11 @@ impl Operation {
                 after.volumes.insert(new, before.volumes.get("v")?.clone());
             }
             Self::Clone => {
-                after.volumes.insert(new, before.volumes.get("s")?.clone());
+                after.volumes.insert(new, before.volumes.get("s").filter(|disk| !disk.is_forgotten)?.clone());
             }
             Self::Revert if before.active => return None,
             Self::Revert => {
-                let held = before.volumes.get("s")?.clone();
+                let held = before.volumes.get("s").filter(|disk| !disk.is_forgotten)?.clone();
                 *after.volumes.get_mut("v")? = held;
             }
             Self::Resize => after.volumes.get_mut("v")?.size += SIZE,
@@ -132,7 +147,22 @@ impl Operation {
                 after.active = true;
             }
             Self::Deactivate => after.active = false,
+            Self::Gc => {}
+            Self::Receive => {
+                let (block, byte) = (8 + place as u64, 40 + place as u8);
+                after.volumes.get_mut("w")?.blocks.insert(block, byte);
+            }
+            Self::Forget => after.volumes.get_mut("s")?.is_forgotten = true,
         }
         Some(after)
+    }
+}
+
+impl std::str::FromStr for Operation {
+    type Err = anyhow::Error;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.into_iter().chain(Self::MORE).find(|operation| format!("{operation:?}") == word);
+        found.with_context(|| format!("{word} is no operation"))
     }
 }

@@ -16,7 +16,10 @@ use uuid::Uuid;
 
 /// System calls that change what is on disk or start something; and those that may fail for want of space, or with an
 /// error of the disk.
-const CHANGING: [&str; 18] = [
+const CHANGING: [&str; 21] = [
+    "openat",
+    "copy_file_range",
+    "writev",
     "fsync",
     "fdatasync",
     "rename",
@@ -38,6 +41,12 @@ const CHANGING: [&str; 18] = [
 ];
 /// System calls at which a call is killed only: locks, starts, and what is said to a daemon.
 const OTHERS: [&str; 7] = ["flock", "clone3", "vfork", "connect", "sendto", "sendmsg", "recvfrom"];
+
+/// Those of them, of which nothing is left when the process is killed behind them.
+const UNSEEN: [&str; 5] = ["fsync", "fdatasync", "flock", "connect", "recvfrom"];
+
+/// What stands for a call where the worker that brings space back is meant.
+pub const GC: &str = "gc";
 
 /// What strikes a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,35 +104,55 @@ pub struct Site {
     pub path: PathBuf,
     /// The SR's uuid.
     pub sr: String,
-    _directory: TempDir,
+    /// The host's uuid.
+    host: String,
+    _directory: Option<TempDir>,
 }
 
 impl Site {
-    /// Makes a host, with a new SR or a copy of another's.
+    /// Makes a host in memory, with a new SR or a copy of another's.
     pub fn new(like: Option<&Self>) -> Result<Self> {
         let memory = Path::new("/dev/shm");
         let place = if memory.is_dir() { memory } else { Path::new("/tmp") };
         let directory = tempfile::Builder::new().prefix("st-").tempdir_in(place)?;
-        let (root, path) = (directory.path().join("h"), directory.path().join("sr"));
-        fs::create_dir_all(root.join("etc"))?;
-        fs::create_dir(&path)?;
-        fs::write(root.join("etc/xensource-inventory"), format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4()))?;
-        let uuid = like.map_or_else(|| Uuid::new_v4().to_string(), |like| like.sr.clone());
-        let site = Self { root, path, sr: uuid, _directory: directory };
-        if let Some(like) = like {
-            let copied = Command::new("cp")
-                .args(["-a", "--sparse=always"])
-                .arg(like.path.join("."))
-                .arg(&site.path)
-                .status()?;
-            ensure!(copied.success(), "the SR cannot be copied");
-            site.attach()?;
+        let path = directory.path().join("sr");
+        let host = Uuid::new_v4().to_string();
+        let Some(like) = like else {
+            let mut site = Self::create(directory.path(), path)?;
+            site._directory = Some(directory);
             return Ok(site);
-        }
+        };
+        fs::create_dir(&path)?;
+        let copied =
+            Command::new("cp").args(["-a", "--sparse=always"]).arg(like.path.join(".")).arg(&path).status()?;
+        ensure!(copied.success(), "the SR cannot be copied");
+        let root = root(directory.path(), &host)?;
+        let site = Self { root, path, sr: like.sr.clone(), host, _directory: Some(directory) };
+        site.attach()?;
+        Ok(site)
+    }
+
+    /// Makes a host below a directory that somebody else removes, with a new SR at a path.
+    pub fn create(directory: &Path, path: PathBuf) -> Result<Self> {
+        fs::create_dir(&path)?;
+        let host = Uuid::new_v4().to_string();
+        let site =
+            Self { root: root(directory, &host)?, path, sr: Uuid::new_v4().to_string(), host, _directory: None };
         let configuration = json!({"uri": format!("file://{}", site.path.display())});
         let request =
             json!({"dbg": "", "uuid": site.sr, "configuration": configuration, "name": "", "description": ""});
         site.call("SR.create", &request)?;
+        site.attach()?;
+        Ok(site)
+    }
+
+    /// Makes the same host again below another directory, booted anew, with what its SR's file system holds by now.
+    pub fn booted(&self, directory: &Path, path: PathBuf) -> Result<Self> {
+        let root = root(directory, &self.host)?;
+        let random = root.join("proc/sys/kernel/random");
+        fs::create_dir_all(&random)?;
+        fs::write(random.join("boot_id"), format!("{}\n", Uuid::new_v4()))?;
+        let site = Self { root, path, sr: self.sr.clone(), host: self.host.clone(), _directory: None };
         site.attach()?;
         Ok(site)
     }
@@ -143,7 +172,7 @@ impl Site {
 
     /// Makes a call that may be refused.
     pub fn outcome(&self, method: &str, request: &Value) -> Result<Outcome> {
-        judged(&self.run(&[], method, request)?)
+        judged(method, &self.run(&[], method, request)?)
     }
 
     /// Makes a call with a fault at one of its system calls.
@@ -151,7 +180,7 @@ impl Site {
         let Strike::Call { name, nth, how } = strike else { bail!("{strike} is not for a call") };
         // Only the script itself: a qemu-img or daemon that it has started lives on, as it does in earnest.
         let inject = format!("inject={name}:{how}:when={nth}");
-        judged(&self.run(&["strace", "-qq", "-o", "/dev/null", "-e", &inject], method, request)?)
+        judged(method, &self.run(&["strace", "-qq", "-o", "/dev/null", "-e", &inject], method, request)?)
     }
 
     /// Makes a call, and gives what could have struck it.
@@ -161,25 +190,28 @@ impl Site {
         let log_path = log.to_str().context("a path")?;
         let output = self.run(&["strace", "-qq", "-o", log_path, "-e", &traced], method, request)?;
         let mut counts: BTreeMap<String, usize> = BTreeMap::new();
-        for line in fs::read_to_string(&log)?.lines() {
-            if let Some((name, _)) = line.split_once('(') {
-                *counts.entry(name.to_owned()).or_default() += 1;
-            }
-        }
         let mut strikes = Vec::new();
-        for (name, count) in counts {
-            let hows: &[&str] = if CHANGING.contains(&name.as_str()) {
-                &["signal=KILL", "error=EIO", "error=ENOSPC"]
-            } else {
-                &["signal=KILL"]
-            };
-            for nth in 1..=count {
-                let strike = |how: &&str| Strike::Call { name: name.clone(), nth, how: (*how).to_owned() };
-                strikes.extend(hows.iter().map(strike));
+        let mut is_as_before = false;
+        for line in fs::read_to_string(&log)?.lines() {
+            let Some((name, rest)) = line.split_once('(') else { continue };
+            let nth = counts.entry(name.to_owned()).or_default();
+            *nth += 1;
+            let may_fail = CHANGING.contains(&name) && (name != "openat" || rest.contains("O_CREAT"));
+            if !may_fail && !OTHERS.contains(&name) {
+                continue;
             }
+            let strike = |how: &str| Strike::Call { name: name.to_owned(), nth: *nth, how: how.to_owned() };
+            // Killed there it leaves what it leaves when it is killed at the one before, if that changed nothing.
+            if !is_as_before {
+                strikes.push(strike("signal=KILL"));
+            }
+            if may_fail {
+                strikes.extend(["error=EIO", "error=ENOSPC"].map(strike));
+            }
+            is_as_before = UNSEEN.contains(&name);
         }
         ensure!(!strikes.is_empty(), "{method} changes nothing, or cannot be traced: {output:?}");
-        Ok((judged(&output)?, strikes))
+        Ok((judged(method, &output)?, strikes))
     }
 
     fn run(&self, tracer: &[&str], method: &str, request: &Value) -> Result<Output> {
@@ -187,7 +219,8 @@ impl Site {
         let directory = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().context("no directory")?;
         let script = directory.join(format!("xapi-storage-qcow2-{kind}"));
         let script = script.to_str().context("a path")?;
-        let words: Vec<&str> = tracer.iter().copied().chain([script, method, "--json"]).collect();
+        let arguments = if method == GC { [GC, self.sr.as_str()] } else { [method, "--json"] };
+        let words: Vec<&str> = tracer.iter().copied().chain([script]).chain(arguments).collect();
         let mut child = Command::new(words[0])
             .args(&words[1..])
             .env("XAPI_STORAGE_QCOW2_ROOT", &self.root)
@@ -206,10 +239,11 @@ impl Site {
         self.root.join("run/xapi-storage-qcow2/volumes").join(volume).join("nbd.sock")
     }
 
-    /// Runs qemu-io on a volume's export.
-    pub fn io(&self, volume: &str, commands: &[String]) -> Result<()> {
+    /// Runs qemu-io on a volume's export: with the cache `writeback` it flushes when it ends and when it is told to, with
+    /// `unsafe` never.
+    pub fn io(&self, volume: &str, cache: &str, commands: &[String]) -> Result<()> {
         let mut io = Command::new("qemu-io");
-        io.args(["-f", "raw"]);
+        io.args(["-f", "raw", "-t", cache]);
         for command in commands {
             io.args(["-c", command]);
         }
@@ -222,14 +256,14 @@ impl Site {
 
     /// Lists the processes whose command line names this host.
     pub fn processes(&self) -> Vec<(i32, String)> {
-        let place = self.root.parent().unwrap_or(&self.root).display().to_string();
+        let ours = [&self.root, &self.path].map(|path| path.display().to_string());
         let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let commands = pids.filter_map(|pid: i32| {
             let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
             Some((pid, String::from_utf8_lossy(&command).replace('\0', " ")))
         });
-        commands.filter(|(_, command)| command.contains(&place)).collect()
+        commands.filter(|(_, command)| ours.iter().any(|path| command.contains(path))).collect()
     }
 
     /// Kills a volume's storage daemons, and waits until they are gone; gives how many there were.
@@ -247,6 +281,17 @@ impl Site {
     /// Waits until no qemu-img of a call that was killed is at work.
     pub fn wait_for_orphans(&self) {
         while self.processes().iter().any(|(_, command)| command.contains("qemu-img")) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends every process of the host, as no power does.
+    pub fn halt(&self) {
+        while self
+            .processes()
+            .iter()
+            .any(|(pid, _)| Pid::from_raw(*pid).is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok()))
+        {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -271,16 +316,28 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        for (pid, _) in self.processes() {
-            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
-        }
+        self.halt();
     }
 }
 
+/// Makes a host's root.
+fn root(directory: &Path, host: &str) -> Result<PathBuf> {
+    let root = directory.join("h");
+    fs::create_dir_all(root.join("etc"))?;
+    fs::write(root.join("etc/xensource-inventory"), format!("INSTALLATION_UUID='{host}'\n"))?;
+    // Space is brought back when a history says so; FAKE_XAPI_GC=true has the plugin begin with it by itself.
+    let gc = std::env::var("FAKE_XAPI_GC").is_ok_and(|value| value == "true");
+    fs::write(root.join("etc/xapi-storage-qcow2.json"), json!({"gc": gc}).to_string())?;
+    Ok(root)
+}
+
 /// Reads a script's answer as strictly as its caller.
-fn judged(output: &Output) -> Result<Outcome> {
+fn judged(method: &str, output: &Output) -> Result<Outcome> {
     if output.status.code().is_none() {
         return Ok(Outcome::Killed);
+    }
+    if method == GC {
+        return Ok(if output.status.success() { Outcome::Done } else { Outcome::Refused(GC.to_owned()) });
     }
     let Ok(answer) = serde_json::from_slice::<Value>(&output.stdout) else {
         // It was the answer that could not be written.

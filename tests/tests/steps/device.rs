@@ -1,0 +1,130 @@
+//! An ext4 file system on a device that a storage daemon serves, so that what it does to the disk can be seen and broken.
+//!
+//! ```text
+//!   ext4 ── loop device ── file <place>/device ── FUSE ── qemu-storage-daemon ── <place>/image
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::log::{Cut, Log};
+use super::place::{Place, run};
+use super::site::Site;
+use super::world::World;
+
+/// How large the device is, in bytes.
+const SIZE: u64 = 64 << 20;
+
+/// A file system with the small SR, as a file that is not mounted.
+pub struct Image {
+    path: PathBuf,
+    pub small: World,
+    _place: Place,
+}
+
+impl Image {
+    /// Makes it.
+    pub fn small() -> Result<Self> {
+        let place = Place::new()?;
+        let path = place.path().join("image");
+        File::create(&path)?.set_len(SIZE)?;
+        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0", "-b", "4096", "-J", "size=4"]).arg(&path))?;
+        place.mount(&path)?;
+        let small = World::small(Site::create(place.path(), place.mounted().join("sr"))?)?;
+        small.site.call("SR.detach", &serde_json::json!({"dbg": "", "sr": small.site.sr}))?;
+        place.unmount()?;
+        Ok(Self { path, small, _place: place })
+    }
+
+    /// Makes the file system that is left of this one after what was recorded and a power cut, and mounts it.
+    pub fn after(&self, log: &Log, cut: Cut) -> Result<Place> {
+        let place = Place::new()?;
+        let path = place.path().join("image");
+        copy(&self.path, &path)?;
+        log.replay(cut, &OpenOptions::new().write(true).open(&path)?)?;
+        place.mount(&path)?;
+        Ok(place)
+    }
+}
+
+/// A mounted device.
+pub struct Device {
+    /// Goes first, and takes the daemon with it.
+    place: Place,
+    daemon: Reaped,
+}
+
+impl Device {
+    /// Mounts a copy of an image. The daemon has the node `image`; `arguments` say what is above it, with
+    /// `top` at last.
+    pub fn mount(image: &Image, place: Place, arguments: &[String]) -> Result<Self> {
+        let at = place.path().join("image");
+        copy(&image.path, &at)?;
+        File::create(place.device())?;
+        let export = format!("type=fuse,id=e,node-name=top,writable=on,mountpoint={}", place.device().display());
+        let mut daemon = Command::new("qemu-storage-daemon")
+            .args(["--blockdev", &format!("driver=file,node-name=image,filename={}", at.display())])
+            .args(arguments)
+            .args(["--export", &export])
+            .stdin(Stdio::null())
+            .spawn()?;
+        let until = Instant::now() + Duration::from_secs(20);
+        // The file is empty until the export covers it.
+        while fs::metadata(place.device()).map_or(0, |about| about.len()) != SIZE {
+            if let Some(status) = daemon.try_wait()? {
+                bail!("the storage daemon ended with {status}");
+            }
+            ensure!(Instant::now() < until, "the device does not appear");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let device = Self { place, daemon: Reaped(daemon) };
+        device.place.mount(&device.place.device())?;
+        Ok(device)
+    }
+
+    /// Where the file system is.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Ends the daemon, when nothing is mounted any more.
+    pub fn end(&mut self) -> Result<()> {
+        kill_process(Pid::from_child(&self.daemon.0), Signal::TERM)?;
+        let status = self.daemon.0.wait()?;
+        ensure!(status.success(), "the storage daemon ended with {status}");
+        Ok(())
+    }
+}
+
+/// A child whose end is not missed.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.wait();
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    run(Command::new("cp").arg("--sparse=always").args([from, to]))
+}
+
+/// Tells whether this process can make such devices, and says so where not.
+pub fn can_be_made() -> bool {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can mount a file system");
+        return false;
+    }
+    let help = Command::new("qemu-storage-daemon").arg("--help").output();
+    let tells = |output: &std::process::Output| String::from_utf8_lossy(&output.stdout).contains("type=]fuse");
+    if !help.is_ok_and(|output| tells(&output)) || !Path::new("/dev/fuse").exists() {
+        println!("skipped: this storage daemon or kernel has no FUSE exports");
+        return false;
+    }
+    true
+}
