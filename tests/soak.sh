@@ -1,7 +1,8 @@
 #!/bin/sh
-# Tries what is random with ever new seeds until its time is up: histories struck at system calls, power cuts, broken
-# disks, migrations, mirrors of differences, promises about contents, damage, what others send. Ends at the first failure, with the command that repeats it.
-# Each round also does one part of SOAK_SHARES (1000) of every short history struck everywhere, the next one each time.
+# Tries what is random with ever new seeds until its time is up: VMs to which everything happens at once, histories struck
+# at system calls, power cuts, broken disks, migrations, mirrors of differences, promises about contents, damage, what others
+# send. Ends at the first failure, with the command that repeats it. Each round also does one part of SOAK_SHARES (1000) of
+# every short history struck everywhere, the next one each time.
 #
 #   tests/soak.sh [minutes]       30 if not given; SOAK_SEED=<number> begins with another seed
 set -eu
@@ -29,6 +30,7 @@ tests/fuzz/run.sh 20
 until=$(($(date +%s) + minutes * 60))
 echo "soak: $minutes minutes from seed $seed on"
 while [ "$(date +%s)" -lt "$until" ]; do
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_SOAK=6" --package fake-xapi --test soak
     try "FAKE_XAPI_SEED=$seed FAKE_XAPI_STEPS=4" --package fake-xapi --test steps struck
     try "FAKE_XAPI_STEPS=all FAKE_XAPI_SHARE=$((seed % shares))/$shares" --package fake-xapi --test steps struck
     try "FAKE_XAPI_SEED=$seed FAKE_XAPI_POWER=2" --package fake-xapi --test steps power

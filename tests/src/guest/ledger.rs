@@ -26,8 +26,17 @@ pub enum Durability {
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     mark: Mark,
+    /// The how-manieth command it was.
+    order: u64,
     /// The how-manieth acknowledged command it was; `None` while in flight, and for ever if it failed.
     acknowledged: Option<u64>,
+}
+
+impl Entry {
+    /// What is there without any command of this guest.
+    fn known(mark: Mark) -> Self {
+        Self { mark, order: 0, acknowledged: Some(0) }
+    }
 }
 
 /// The memory of one guest.
@@ -37,6 +46,7 @@ pub struct Ledger {
     seed: u64,
     flushes: bool,
     blocks: Vec<Vec<Entry>>,
+    begun: u64,
     acknowledged: u64,
     /// Commands up to this how-manieth acknowledged one are covered by a flush.
     flushed: u64,
@@ -63,7 +73,58 @@ impl Ledger {
     /// A guest that has written nothing; without flushes what is older than an acknowledged command is forgotten at once.
     pub(super) fn new(region: Extent, seed: u64, flushes: bool) -> Self {
         let blocks = vec![Vec::new(); (region.length / BLOCK) as usize];
-        Self { region, seed, flushes, blocks, acknowledged: 0, flushed: 0 }
+        Self { region, seed, flushes, blocks, begun: 0, acknowledged: 0, flushed: 0 }
+    }
+
+    /// The memory of a guest of blank disk: it knows of every block of the region that it is zero.
+    pub fn blank(region: Extent, seed: u64) -> Self {
+        let mut ledger = Self::new(Extent { length: 0, ..region }, seed, true);
+        ledger.grow(region.length);
+        ledger
+    }
+
+    /// Notes that the disk has grown, so that the region has this many bytes now; what is new is zero.
+    pub fn grow(&mut self, length: u64) {
+        self.region.length = length;
+        self.blocks.resize((length / BLOCK) as usize, vec![Entry::known(Mark::Zeroes)]);
+    }
+
+    /// What a snapshot holds that was taken when a guest remembered no less than `before` and no more than `after`.
+    pub fn between(before: &Self, after: &Self) -> Self {
+        let mut blocks = before.blocks.clone();
+        for (entries, later) in blocks.iter_mut().zip(&after.blocks) {
+            let base = base(entries, u64::MAX);
+            entries.drain(..base.unwrap_or_default());
+            entries.extend(later.iter().filter(|entry| entry.order > before.begun));
+            for (index, entry) in entries.iter_mut().enumerate() {
+                *entry = Entry { order: 0, acknowledged: (index == 0 && base.is_some()).then_some(0), ..*entry };
+            }
+        }
+        Self { blocks, begun: 0, acknowledged: 0, flushed: 0, ..before.clone() }
+    }
+
+    /// Notes what a block holds that nobody writes to any more: it may hold nothing else from now on.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn settle(&mut self, offset: u64, data: &[u8]) -> Result<(), Violation> {
+        self.check(offset, data, Durability::Acknowledged)?;
+        let mark = match record::read(data, offset, self.seed) {
+            Found::Record(number) => Mark::Record(number),
+            _ => Mark::Zeroes,
+        };
+        let place = offset.checked_sub(self.region.offset).map(|place| (place / BLOCK) as usize);
+        if let Some(entries) =
+            place.and_then(|place| self.blocks.get_mut(place)).filter(|entries| !entries.is_empty())
+        {
+            *entries = vec![Entry::known(mark)];
+        }
+        Ok(())
+    }
+
+    /// Notes that all is durable: the disk was closed in an orderly way.
+    pub(super) fn closed(&mut self) {
+        self.flushed = self.acknowledged;
     }
 
     /// The bytes that the guest writes to.
@@ -89,7 +150,8 @@ impl Ledger {
         if let Some(base) = base(entries, flushed) {
             entries.drain(..base);
         }
-        entries.push(Entry { mark, acknowledged: None });
+        self.begun += 1;
+        entries.push(Entry { mark, order: self.begun, acknowledged: None });
     }
 
     /// Notes that the block's last command was acknowledged.
@@ -227,6 +289,34 @@ mod tests {
         assert!(holds(&ledger, 1, Durability::Acknowledged));
         assert_eq!(ledger.check(8192, &[0; 4096], Durability::Acknowledged), Ok(true));
         assert!(!holds(&ledger, 2, Durability::Acknowledged));
+    }
+
+    #[test]
+    fn a_snapshot_holds_what_was_there_at_one_moment_and_keeps_it() {
+        let mut guest = Ledger::blank(Extent { offset: 8192, length: BLOCK }, 1);
+        guest.begin(0, Mark::Record(1));
+        guest.acknowledge(0);
+        let before = guest.clone();
+        for number in [2, 3] {
+            guest.begin(0, Mark::Record(number));
+            guest.acknowledge(0);
+        }
+        let mut snapshot = Ledger::between(&before, &guest);
+        guest.begin(0, Mark::Record(4));
+        assert!([1, 2, 3].iter().all(|number| holds(&snapshot, *number, Durability::Flushed)));
+        assert!(!holds(&snapshot, 4, Durability::Acknowledged));
+        assert!(snapshot.check(8192, &[0; 4096], Durability::Acknowledged).is_err());
+        assert!(snapshot.settle(8192, &record::make(4, 8192, 1)).is_err());
+        snapshot.settle(8192, &record::make(2, 8192, 1)).unwrap();
+        assert!(holds(&snapshot, 2, Durability::Acknowledged) && !holds(&snapshot, 3, Durability::Acknowledged));
+    }
+
+    #[test]
+    fn a_blank_disk_is_known_to_be_zero_also_where_it_grows() {
+        let mut ledger = Ledger::blank(Extent { offset: 0, length: BLOCK }, 1);
+        ledger.grow(2 * BLOCK);
+        assert_eq!(ledger.check(4096, &[0; 4096], Durability::Flushed), Ok(true));
+        assert!(ledger.check(4096, &[1; 4096], Durability::Flushed).is_err());
     }
 
     #[test]

@@ -110,6 +110,21 @@ impl Guest {
         Ok(Self { settings, shared: Arc::new(Shared::new(ledger)), running: None })
     }
 
+    /// A guest that goes on from what another knew, or knew once, of a disk; it writes no record that the other has written.
+    ///
+    /// # Errors
+    /// As [`Guest::new`].
+    pub fn succeeding(&self, ledger: Ledger) -> Result<Self> {
+        let mut guest = Self::new(Settings { region: ledger.region(), ..self.settings.clone() })?;
+        guest.shared = Arc::new(Shared::from(ledger, self.shared.next_record()));
+        Ok(guest)
+    }
+
+    /// The disk was closed in an orderly way: all that was acknowledged is durable.
+    pub fn closed(&mut self) {
+        self.shared.closed();
+    }
+
     /// Starts to write, or goes on after [`Guest::suspend`], there or on another disk.
     ///
     /// # Errors

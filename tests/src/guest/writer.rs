@@ -43,6 +43,10 @@ struct Memory {
 
 impl Shared {
     pub(super) fn new(ledger: Ledger) -> Self {
+        Self::from(ledger, 1)
+    }
+
+    pub(super) fn from(ledger: Ledger, next_record: u64) -> Self {
         let memory = Memory {
             ledger,
             latency: Histogram::default(),
@@ -56,7 +60,7 @@ impl Shared {
         };
         Self {
             stopping: AtomicBool::new(false),
-            next_record: AtomicU64::new(1),
+            next_record: AtomicU64::new(next_record),
             first_start: Instant::now(),
             memory: Mutex::new(memory),
         }
@@ -89,6 +93,14 @@ impl Shared {
 
     pub(super) fn first_start(&self) -> Instant {
         self.first_start
+    }
+
+    pub(super) fn closed(&self) {
+        self.lock().ledger.closed();
+    }
+
+    pub(super) fn next_record(&self) -> u64 {
+        self.next_record.load(Ordering::Relaxed)
     }
 
     pub(super) fn acknowledged(&self) -> u64 {

@@ -32,15 +32,15 @@ pub(super) fn prepare(root: &Path) -> Result<Uuid> {
     Ok(uuid)
 }
 
-/// Gives the host of a suite settings, a JSON object: its plugins collect garbage by themselves only if the environment
-/// has `FAKE_XAPI_GC=true`, for then it depends on chance which nodes there are at a time.
+/// Gives the host of a suite settings, a JSON object: its plugins collect garbage by themselves only if that says so or the
+/// environment has `FAKE_XAPI_GC=true`, for then it depends on chance which nodes there are at a time.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write_settings(root: &Path, settings: &str) -> Result<()> {
     let mut settings: serde_json::Map<String, serde_json::Value> = serde_json::from_str(settings)?;
     let gc = std::env::var("FAKE_XAPI_GC").is_ok_and(|value| value == "true");
-    settings.insert("gc".to_owned(), gc.into());
+    settings.entry("gc").or_insert_with(|| gc.into());
     std::fs::write(root.join("etc/xapi-storage-qcow2.json"), serde_json::to_vec(&settings)?)?;
     Ok(())
 }

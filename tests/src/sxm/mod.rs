@@ -29,7 +29,7 @@ use std::time::Duration;
 
 pub use cleanup::{Swept, release, sweep, toolstack_restart};
 pub use engine::migrate;
-pub use observe::{Event, Observer, Quiet};
+pub use observe::{Answer, Event, Observer, Quiet};
 pub use state::{MirrorId, Receiving, Sending, State};
 
 use crate::db::VmRef;

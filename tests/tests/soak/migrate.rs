@@ -1,0 +1,166 @@
+//! A migration to the other side, and what breaks in it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fake_xapi::host::Host;
+use fake_xapi::smapiv2::Vdi;
+use fake_xapi::sxm::{self, Event, Failed, Flow, Migration};
+
+use crate::lane::Lane;
+
+/// What breaks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Break {
+    Nothing,
+    Script,
+    Wire,
+    SourceDaemon,
+    DestinationDaemon,
+    Supervisor,
+    Cancelled,
+}
+
+const BREAKS: [Break; 10] = [
+    Break::Nothing,
+    Break::Nothing,
+    Break::Nothing,
+    Break::Script,
+    Break::Script,
+    Break::Wire,
+    Break::SourceDaemon,
+    Break::DestinationDaemon,
+    Break::Supervisor,
+    Break::Cancelled,
+];
+
+impl Lane {
+    /// Migrates the VM. Where nothing breaks that succeeds; else it either does, or leaves everything as it was.
+    pub async fn migrate(&mut self) -> Result<()> {
+        let (here, there) = (self.here(), self.there());
+        let halted = self.random.below(5) == 0;
+        let flow = *self.random.pick(&[Flow::Tree, Flow::Base]);
+        let mut harm = *self.random.pick(&BREAKS);
+        if halted && harm == Break::SourceDaemon {
+            harm = Break::Nothing;
+        }
+        self.tell(format!("migrate by {}{}: {harm:?}", flow.name(), if halted { ", halted" } else { "" }));
+        if halted {
+            self.halt().await?;
+        }
+        let migration =
+            Migration { poll: Duration::from_millis(20), ..Migration::new(self.vm, &there.host, &there.sr, flow) };
+        let volumes = self.volumes(self.vm)?;
+        let hit = self.random.below(volumes.len());
+        let killed = self.arm(harm, &migration, &volumes[hit])?;
+        let failures_before = self.disks.failures().await.0;
+        let result = sxm::migrate(&self.site.xapi, &migration, &*self.disks).await;
+        self.disks.at_nothing();
+        let names: Vec<&str> = volumes.iter().map(|volume| volume.0.as_str()).collect();
+        self.site.breaks.none_of(&[&here.sr, &there.sr], &names);
+        let guest_was_hit = harm == Break::SourceDaemon && killed.load(Ordering::SeqCst);
+        match result {
+            Ok(migrated) => {
+                self.at = 1 - self.at;
+                self.tell("  succeeded".to_owned());
+                if harm == Break::Nothing {
+                    ensure!(migrated.not_destroyed.is_empty(), "left: {:?}", migrated.not_destroyed);
+                }
+                sxm::release(&here.host, &migrated.stale).await.context("the release of a halted VM's receiver")?;
+                if guest_was_hit {
+                    self.disks.crash(hit).await;
+                    self.disks.go_on().await.context("the guest goes on at the destination")?;
+                }
+            }
+            Err(failed) => {
+                let Failed { error, phase, restarted, .. } = &*failed;
+                self.tell(format!("  failed in {phase}: {error}, restarted {restarted}"));
+                ensure!(harm != Break::Nothing, "it failed in {phase} although nothing broke: {error}");
+            }
+        }
+        if harm != Break::Nothing {
+            self.clean_by_hand().await?;
+        }
+        if halted {
+            self.boot().await?;
+        } else if guest_was_hit && self.at_source(&here.host) {
+            self.disks.crash(hit).await;
+            self.reboot().await?;
+        } else if self.site.xapi.vm(self.vm)?.domid.is_none() {
+            // What broke kept it from being started again.
+            self.boot().await?;
+        }
+        if !guest_was_hit {
+            let (failures, errors) = self.disks.failures().await;
+            ensure!(failures == failures_before, "the guests' commands failed: {errors:?}");
+        }
+        self.disks.writes(5).await.context("the guests after a migration")?;
+        self.there().is_empty().await.context("the side without the VM")
+    }
+
+    fn at_source(&self, source: &Arc<Host>) -> bool {
+        Arc::ptr_eq(&self.here().host, source)
+    }
+
+    /// Has something break; what is told says later whether somebody was killed.
+    fn arm(&mut self, harm: Break, migration: &Migration, leaf: &Vdi) -> Result<Arc<AtomicBool>> {
+        let killed = Arc::new(AtomicBool::new(false));
+        let (here, there) = (self.here(), self.there());
+        match harm {
+            Break::Nothing => {}
+            Break::Script => {
+                let told = self.site.breaks.a_script(&mut self.random, &[&here.sr, &there.sr]);
+                self.tell(format!("  breaks: {told}"));
+            }
+            Break::Wire => {
+                let told = self.site.breaks.a_wire(&mut self.random, &leaf.0);
+                self.tell(format!("  breaks: {told}"));
+            }
+            Break::Cancelled => {
+                let (cancel, after) = (migration.cancel.clone(), self.random.below(2500) as u64);
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(after)).await;
+                    cancel.ask();
+                });
+            }
+            Break::SourceDaemon | Break::DestinationDaemon | Break::Supervisor => {
+                let (leaf, done) = (leaf.clone(), Arc::clone(&killed));
+                let after = Duration::from_millis(self.random.below(700) as u64);
+                self.disks.at(move |event| {
+                    let Event::Started { source, destination } = event else { return };
+                    if *source != leaf {
+                        return;
+                    }
+                    let (source, destination, done) = (source.clone(), destination.clone(), Arc::clone(&done));
+                    let (from, to) = (Arc::clone(&here.host), Arc::clone(&there.host));
+                    tokio::spawn(async move {
+                        tokio::time::sleep(after).await;
+                        let count = match harm {
+                            Break::SourceDaemon => kill_daemon(&from, &source),
+                            Break::DestinationDaemon => kill_daemon(&to, &destination),
+                            _ => kill_supervisor(&from, &source),
+                        };
+                        done.store(count > 0, Ordering::SeqCst);
+                    });
+                });
+            }
+        }
+        Ok(killed)
+    }
+}
+
+fn kill_daemon(host: &Host, volume: &Vdi) -> usize {
+    host.kill(|command| command.contains("qemu-storage-daemon") && command.contains(&volume.0))
+}
+
+/// Kills the supervisors whose mirrors are of a volume.
+fn kill_supervisor(host: &Host, volume: &Vdi) -> usize {
+    let Ok(entries) = std::fs::read_dir(host.runtime_dir().join("mirrors")) else { return 0 };
+    let keys = entries.flatten().filter(|entry| {
+        std::fs::read_to_string(entry.path().join("state.json")).is_ok_and(|record| record.contains(&volume.0))
+    });
+    let keys: Vec<String> = keys.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    host.kill(|command| command.contains("mirror-supervisor") && keys.iter().any(|key| command.contains(key)))
+}
