@@ -403,9 +403,12 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
 }
 
+/// The seed of the histories that are always the same.
+const SEED: u64 = 1;
+
 #[test]
 fn whatever_happens_between_mirrors_both_ends_read_the_same_after_each() {
-    let seed = number("MIRROR_SEED", 1);
+    let seed = number("MIRROR_SEED", SEED);
     let mut sent = BTreeMap::new();
     for plan in 0..number("MIRROR_PLANS", PLANS) {
         let mut world = World::new(seed.wrapping_mul(1_000_003).wrapping_add(plan));
@@ -421,8 +424,8 @@ fn whatever_happens_between_mirrors_both_ends_read_the_same_after_each() {
             *sent.entry(*kind).or_insert(0) += count;
         }
     }
-    // Histories in which nothing is ever known would prove nothing.
-    for kind in ["difference", "blank", "full"] {
-        assert!(sent.get(kind).is_some_and(|count| *count >= 2), "{sent:?}");
-    }
+    // Histories in which nothing is ever known would prove nothing; with another seed they may be among others.
+    let all_kinds =
+        ["difference", "blank", "full"].iter().all(|kind| sent.get(kind).is_some_and(|count| *count >= 2));
+    assert!(all_kinds || seed != SEED, "{sent:?}");
 }

@@ -232,6 +232,10 @@ impl Site {
             let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             if command_line.windows(directory.len()).any(|window| window == directory) {
                 let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
+                // The next call is to find it dead, not dying.
+                while fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()) {
+                    std::thread::yield_now();
+                }
             }
         }
     }
