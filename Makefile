@@ -6,6 +6,8 @@ CARGO ?= cargo
 DESTDIR ?=
 PREFIX ?= /usr
 SOAK_MINUTES ?= 30
+# Most tests wait for processes as long as they compute.
+TEST_THREADS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
 # Packages are for hosts with any C library, so theirs is linked in. Naming the target keeps that away from build scripts.
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 STATIC = target/package/$(TARGET)/release
@@ -34,7 +36,7 @@ check:
 suites:
 	$(CARGO) build --workspace
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --workspace --no-fail-fast; \
+		$(CARGO) nextest run --workspace --no-fail-fast --test-threads $(TEST_THREADS); \
 	else \
 		$(CARGO) test --workspace --no-fail-fast --lib --bins --tests; \
 	fi
