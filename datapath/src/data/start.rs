@@ -11,7 +11,7 @@ use plugin::host::{Host, Launch};
 use plugin::id::{NodeId, VolumeUri};
 use plugin::lock::FileLock;
 use plugin::mirror::{self, Blocks, MirrorRecord, OFFLINE_DOMAIN};
-use plugin::store::Mode;
+use plugin::store::{Intent, Mode, Sr};
 
 use crate::mirror::ENTRY;
 
@@ -27,10 +27,21 @@ pub fn alone<T>(host: &Host, uri: VolumeUri, start: impl FnOnce() -> Result<T>) 
     let mirrors = host.runtime_dir().join("mirrors");
     host.make_runtime_dir(&mirrors)?;
     let lock = FileLock::acquire(&mirror::start_lock(host, uri.volume), host.settings()?.lock())?;
-    let result = start();
+    let result = stop_merge(host, uri).and_then(|()| start());
     // Removed under the lock; who waits for it finds out and makes another.
     let _ = fs::remove_file(lock.path());
     result
+}
+
+/// Stops a merge of nodes that the volume reads: what a mirror opens a second time is not to change meanwhile. While the
+/// lock of [`alone`] is held none begins, nor afterwards while there is a mirror.
+fn stop_merge(host: &Host, uri: VolumeUri) -> Result<()> {
+    let sr = Sr::attached(host, uri.sr)?;
+    let tree = sr.load(uri.volume)?.tree;
+    if tree.merge.is_some() || matches!(tree.intent, Some(Intent::Relink { .. })) {
+        sr.lock(host, uri.volume)?;
+    }
+    Ok(())
 }
 
 /// Gives the record of a volume's mirror or copy that goes on, of which there is one at most; that others have ended is

@@ -12,11 +12,12 @@ use crate::store::Mode;
 
 impl Attachment {
     /// Finishes what a killed call left half done: a graph that was being opened is closed, as nobody was told of it;
-    /// one that was being closed is closed; an export that was away for a moment comes back.
+    /// one that was being closed is closed; an export that was away for a moment comes back; nodes that were being
+    /// exchanged are.
     ///
     /// Where the daemon does not play along, that is kept in `trouble`, and whatever needs the graph fails with it.
     pub(super) fn settle(&mut self) {
-        if self.state.open.as_ref().is_none_or(|open| open.phase == Phase::Open) {
+        if self.state.open.as_ref().is_none_or(|open| open.phase == Phase::Open && open.exchange.is_none()) {
             return;
         }
         if let Err(error) = qemu::block_on(self.settle_graph()) {
@@ -34,6 +35,7 @@ impl Attachment {
                 self.save()
             }
             Some(Phase::Closing) => {
+                self.finish_exchange(&client).await?;
                 if let Err(error) = self.close_graph(&client).await {
                     // Kept with the domains it concerns, for whoever deactivates them.
                     tracing::error!(error = error.chain(), "closing what a killed call left open");
@@ -46,9 +48,11 @@ impl Attachment {
             }
             Some(Phase::Exporting) => {
                 self.learn_top(&client).await?;
-                self.put_export_back(&client).await
+                self.put_export_back(&client).await?;
+                self.finish_exchange(&client).await
             }
-            Some(Phase::Open) | None => Ok(()),
+            Some(Phase::Open) => self.finish_exchange(&client).await,
+            None => Ok(()),
         }
     }
 
@@ -68,7 +72,7 @@ impl Attachment {
     ) -> Result<()> {
         let nodes = images.iter().map(|image| image.node).collect();
         let session = session.filter(|_| mode == Mode::ReadWrite);
-        self.state.open = Some(Open { mode, nodes, overlay: None, session, phase: Phase::Opening });
+        self.state.open = Some(Open { mode, nodes, overlay: None, exchange: None, session, phase: Phase::Opening });
         self.closed = None;
         self.save()?;
         let name = self.export_name();

@@ -123,7 +123,7 @@ impl Attachment {
     }
 
     /// The error for a change to what is not open.
-    fn not_open(&self) -> Error {
+    pub(super) fn not_open(&self) -> Error {
         Error::Internal(format!("volume {} is not open on this host", self.state.volume))
     }
 }

@@ -17,6 +17,7 @@
 
 mod clients;
 mod device;
+mod exchange;
 mod graph_state;
 mod import;
 mod lifecycle;

@@ -55,7 +55,7 @@ impl Attachment {
         let is_running = state.daemon.is_some_and(|process| daemon::is_running(host, &directory, &process));
         let open = state.open.filter(|_| is_running).map(|open| SeenOpen {
             mode: open.mode,
-            is_changing: open.phase != Phase::Open || open.overlay.is_some(),
+            is_changing: open.phase != Phase::Open || open.overlay.is_some() || open.exchange.is_some(),
             nodes: open.nodes,
         });
         Ok(Some(Seen {

@@ -9,6 +9,7 @@ use super::session::Session;
 use crate::device::Loop;
 use crate::host::Process;
 use crate::id::{Domain, NodeId, SrUuid, VolumeKey, VolumeUri};
+use crate::qemu::exchange::Exchange;
 use crate::record::Record;
 use crate::store::Mode;
 
@@ -117,6 +118,9 @@ pub(crate) struct Open {
     /// An overlay that is being put on the top, until it is known whether it was.
     #[serde(default)]
     pub overlay: Option<NodeId>,
+    /// Nodes in its middle that are being exchanged, until it is done; `nodes` has those from before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exchange: Option<Exchange>,
     /// What is said of its content; nothing of what is only read, or thrown away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<Session>,

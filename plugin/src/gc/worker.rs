@@ -1,6 +1,5 @@
 //! The worker: one process that brings back what space can be, and ends.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +13,7 @@ use crate::lock::FileLock;
 use crate::qemu::block_on;
 use crate::qemu::merge::{self, Copied};
 use crate::store::Sr;
-use crate::store::coalesce::{Ended, Merging, Next};
+use crate::store::coalesce::{Ended, Merging, Next, Tried};
 
 /// How often a worker that waits for the one before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_secs(1);
@@ -100,11 +99,11 @@ impl Worker<'_> {
         if !self.sr.read_tree(tree)?.is_some_and(|loaded| loaded.has_merges()) {
             return Ok(());
         }
-        let mut failed: BTreeSet<NodeId> = BTreeSet::new();
+        let mut tried = Tried::default();
         let mut stops = 0;
         loop {
             let Some(mut locked) = self.sr.lock_tree(self.host, tree)? else { return Ok(()) };
-            let next = locked.next_merge(self.host, &failed)?;
+            let next = locked.next_merge(self.host, &mut tried)?;
             drop(locked);
             match next {
                 Next::Nothing(waiting) => {
@@ -116,6 +115,7 @@ impl Worker<'_> {
                     return Ok(());
                 }
                 Next::Merged => self.state.merged += 1,
+                Next::Frozen => {}
                 Next::Copy(merging) => {
                     let lower = merging.merge.lower;
                     match self.merge(*merging) {
@@ -123,7 +123,7 @@ impl Worker<'_> {
                         Ok(Ended::Stopped) if stops == STOPS => {
                             let reason = "others always needed it".to_owned();
                             self.state.undone.push(Undone { tree, node: Some(lower), reason, failed: false });
-                            failed.insert(lower);
+                            tried.failed.insert(lower);
                         }
                         Ok(Ended::Stopped) => {
                             tracing::info!(%tree, node = %lower, "stopped");
@@ -133,7 +133,7 @@ impl Worker<'_> {
                         Err(error) => {
                             tracing::warn!(%tree, node = %lower, error = error.chain(), "a node is left");
                             self.leave(tree, Some(lower), &error);
-                            failed.insert(lower);
+                            tried.failed.insert(lower);
                         }
                     }
                 }
@@ -143,13 +143,16 @@ impl Worker<'_> {
 
     /// Copies what is to be copied, without any lock but the merge's own, and makes the two nodes one.
     fn merge(&mut self, merging: Merging) -> Result<Ended> {
-        let what = format!("merging {:?}", merging.merge);
+        let open = merging.live.map_or_else(String::new, |live| format!(", open for volume {}", live.volume));
+        let what = format!("merging {:?}{open}", merging.merge);
         tracing::info!(what, bytes = merging.bytes, "begins");
         self.tell(Some(what.clone()));
+        let speed = self.host.settings()?.gc_live_mib.max(1) << 20;
+        let live = merging.live.map(|_| speed);
+        let task = merge::Task { chain: &merging.chain, direction: merging.merge.direction, live };
         let copied = block_on(merge::copy(
             self.directory,
-            &merging.chain,
-            merging.merge.direction,
+            task,
             merging.lock(),
             |done, all| {
                 if self.told.elapsed() >= TOLD {

@@ -32,6 +32,10 @@ pub struct Settings {
     pub verify: bool,
     /// Whether space is brought back by itself.
     pub gc: bool,
+    /// Whether nodes are merged that a guest has open.
+    pub gc_live: bool,
+    /// MiB a second that are copied while a guest has them open.
+    pub gc_live_mib: u64,
     /// Who is given block devices.
     pub block_device: BlockDevices,
 }
@@ -60,6 +64,8 @@ impl Default for Settings {
             difference: true,
             verify: false,
             gc: true,
+            gc_live: true,
+            gc_live_mib: 64,
             block_device: BlockDevices::Auto,
         }
     }

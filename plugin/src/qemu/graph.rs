@@ -66,9 +66,31 @@ fn throttle_name(node: NodeId) -> String {
     format!("t{}", &node.uuid().as_simple().to_string()[..30])
 }
 
+/// The names of a file's two nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layer {
+    /// The qcow2 node.
+    pub format: String,
+    /// The file below it.
+    pub file: String,
+}
+
+impl Layer {
+    /// Gives the names by which a node is known.
+    pub(super) fn own(node: NodeId) -> Self {
+        Self { format: node_name(node), file: file_name(node) }
+    }
+
+    /// Gives the names of a second pair of the same file, for a moment ([`super::exchange`]).
+    pub(super) fn substitute(node: NodeId) -> Self {
+        let digits = &node.uuid().as_simple().to_string()[..30];
+        Self { format: format!("r{digits}"), file: format!("g{digits}") }
+    }
+}
+
 /// Tells whether a node is one of those that are added and removed here by themselves.
 fn is_ours(name: &str) -> bool {
-    let digits = name.strip_prefix(['q', 'f']);
+    let digits = name.strip_prefix(['q', 'f', 'r', 'g']);
     digits.is_some_and(|digits| digits.len() == 30 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
@@ -265,7 +287,7 @@ fn export_in(answer: Option<Result<Value>>) -> Result<Option<BlockExport>> {
 }
 
 /// Lists the names of the nodes of chains, the last one added first.
-async fn nodes(client: &Client) -> Result<Vec<String>> {
+pub(super) async fn nodes(client: &Client) -> Result<Vec<String>> {
     let names = devices::devices(client).await?.into_iter().filter_map(|device| device.name);
     Ok(names.filter(|name| is_ours(name)).collect())
 }
@@ -462,15 +484,71 @@ fn image_commands(image: &Image, mode: Mode, backing: Option<NodeId>) -> Result<
     node_commands(image, mode, &node_name(image.node), &file_name, below, backing)
 }
 
+/// Gives the commands that add a file that is only read, under the names given.
+pub(super) fn layer_commands(
+    image: &Image,
+    layer: &Layer,
+    backing: Option<NodeId>,
+) -> Result<[(&'static str, Value); 2]> {
+    node_commands(image, Mode::ReadOnly, &layer.format, &layer.file, layer.file.clone().into(), backing)
+}
+
+/// Removes a file's two nodes, as far as they are there.
+///
+/// # Errors
+///
+/// When one is in use.
+pub(super) async fn remove_layer(client: &Client, layer: &Layer) -> Result<()> {
+    let present = nodes(client).await?;
+    for name in [&layer.format, &layer.file] {
+        if present.contains(name) {
+            client.execute("blockdev-del", json!({"node-name": name})).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Lays a node onto another one that reads as the one below it does; clients do not notice. What is written to it is
+/// flushed first.
+///
+/// # Errors
+///
+/// When the daemon refuses.
+pub(super) async fn relink(client: &Client, node: NodeId, mode: Mode, backing: Option<&str>) -> Result<()> {
+    let throttle = throttle_name(node);
+    // One that was written to until an overlay was put on it has it still.
+    let is_throttled = devices::device(client, &throttle).await?.is_some();
+    let file = if is_throttled { throttle } else { file_name(node) };
+    let mut options = format_options(&node_name(node), file.into(), mode);
+    options["backing"] = backing.map_or(Value::Null, Value::from);
+    client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
+}
+
+/// Makes the header of a top that is written to name another backing file. The daemon has the header in memory, and writes
+/// it again when it likes.
+///
+/// # Errors
+///
+/// When the daemon refuses.
+pub async fn name_backing(client: &Client, top: NodeId, backing: &str) -> Result<()> {
+    let name = node_name(top);
+    let arguments = json!({"device": name, "image-node-name": name, "backing-file": backing});
+    client.execute("change-backing-file", arguments).await.map(drop)
+}
+
 /// Gives the commands that add an image's nodes as they are, for a job that copies what is there: nothing between the two,
-/// and nothing made of what is written.
+/// and nothing made of what is written. Without QEMU's lock a file can be written to that another daemon reads.
 pub(super) fn plain_commands(
     image: &Image,
     mode: Mode,
     backing: Option<NodeId>,
+    is_locked: bool,
 ) -> Result<[(&'static str, Value); 2]> {
     let file_name = file_name(image.node);
-    let [file, _] = node_commands(image, mode, "", &file_name, Value::Null, None)?;
+    let [mut file, _] = node_commands(image, mode, "", &file_name, Value::Null, None)?;
+    if !is_locked {
+        file.1["locking"] = "off".into();
+    }
     Ok([file, ("blockdev-add", plain_options(image, mode, backing))])
 }
 
@@ -525,7 +603,8 @@ mod tests {
     #[test]
     fn node_names_are_short_enough_and_recognised() {
         let node = NodeId::random();
-        for name in [node_name(node), file_name(node)] {
+        let Layer { format, file } = Layer::substitute(node);
+        for name in [node_name(node), file_name(node), format, file] {
             assert_eq!(name.len(), 31);
             assert!(is_ours(&name));
         }

@@ -194,16 +194,24 @@ pub fn map(images: &[Image]) -> Result<Vec<Extent>> {
 ///
 /// When the image is in use, or is damaged; else what qemu-img says.
 pub fn free_leaks(path: &Path, lock: Option<&FileLock>) -> Result<()> {
+    free_leaks_in(alone(path, true)?, path, lock)
+}
+
+/// Does that for an image under the name given.
+fn free_leaks_in(name: String, path: &Path, lock: Option<&FileLock>) -> Result<()> {
     let mut command = qemu_img("check")?;
-    command.args(["-q", "-r", "leaks", "--"]).arg(alone(path)?);
+    command.args(["-q", "-r", "leaks", "--"]).arg(name);
     finish(&mut command, lock, "qemu-img check -r leaks", path, LONG_PATIENCE)?;
     sync(path)
 }
 
-/// Names an image so that its header is followed to no other.
-fn alone(path: &Path) -> Result<String> {
+/// Names an image so that its header is followed to no other; without QEMU's lock others may have it open.
+fn alone(path: &Path, is_locked: bool) -> Result<String> {
     let name = path.to_str().ok_or_else(|| Error::BadRequest(format!("the path {} is not UTF-8", path.display())))?;
-    let file = json!({"driver": "file", "filename": name});
+    let mut file = json!({"driver": "file", "filename": name});
+    if !is_locked {
+        file["locking"] = "off".into();
+    }
     Ok(format!("json:{}", json!({"driver": "qcow2", "file": file, "backing": null})))
 }
 
@@ -217,7 +225,7 @@ pub fn check(path: &Path) -> Result<Check> {
     const LEAKS_FOUND: i32 = 3;
     let doing = format!("qemu-img check {}", path.display());
     let mut command = qemu_img("check")?;
-    command.args(["-U", "--output=json", "--"]).arg(alone(path)?);
+    command.args(["-U", "--output=json", "--"]).arg(alone(path, true)?);
     let output = program::run(&mut command, &doing, LONG_PATIENCE)?;
     match output.status.code() {
         Some(0 | CORRUPTIONS_FOUND | LEAKS_FOUND) => decode("qemu-img check", path, &output.stdout),
@@ -225,18 +233,18 @@ pub fn check(path: &Path) -> Result<Check> {
     }
 }
 
-/// Checks the metadata of an image that nobody has open, and frees what is taken in it and not used. The lock is held as
-/// in [`resize`].
+/// Checks the metadata of an image that nobody writes to, and frees what is taken in it and not used. Without `is_alone`
+/// somebody may read it. The lock is held as in [`resize`].
 ///
 /// # Errors
 ///
 /// As [`check`].
-pub fn repair_leaks(path: &Path, lock: Option<&FileLock>) -> Result<Check> {
+pub fn repair_leaks(path: &Path, is_alone: bool, lock: Option<&FileLock>) -> Result<Check> {
     let found = check(path)?;
     if found.leaks == 0 || found.corruptions + found.check_errors > 0 {
         return Ok(found);
     }
-    free_leaks(path, lock)?;
+    free_leaks_in(alone(path, is_alone)?, path, lock)?;
     check(path)
 }
 

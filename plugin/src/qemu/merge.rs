@@ -1,4 +1,4 @@
-//! Copying between two neighbouring layers of a chain that nobody has open, by a storage daemon of its own that ends with
+//! Copying between two neighbouring layers of a chain that nobody writes to, by a storage daemon of its own that ends with
 //! the process that started it.
 //!
 //! Nothing but data is changed: no header, no size but that of a base that was smaller. QEMU would make the image that
@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal, setpriority_process};
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::qmp::Client;
 use super::{Image, graph, program};
@@ -36,6 +36,9 @@ const GRACE: Duration = Duration::from_millis(60);
 /// How long it may take when nobody waits.
 const PATIENCE: Duration = Duration::from_secs(600);
 
+/// How kind a daemon is to a guest that runs, as `nice` counts it.
+const NICE: i32 = 10;
+
 /// The job's id.
 const JOB: &str = "merge";
 
@@ -54,14 +57,18 @@ struct Daemon {
 }
 
 /// What is copied from where to where.
-struct Task<'a> {
-    chain: &'a [Image],
-    direction: Direction,
+#[derive(Clone, Copy, Debug)]
+pub struct Task<'a> {
+    /// The files down to the root; it is the first two that are merged.
+    pub chain: &'a [Image],
+    /// Whether the second one takes what the first one has, or the first one what the second has and it has not.
+    pub direction: Direction,
+    /// Where a guest has the files open, below what it writes to: at most so many bytes a second are copied then.
+    pub live: Option<u64>,
 }
 
-/// Copies what the first image of a chain has to the second, or what the second has to the first where that has nothing.
-/// The chain is given down to the root, the sockets are made in `directory`. The lock is held by whatever copies, as long
-/// as it lives.
+/// Copies what the one of two images has to the other. The sockets are made in `directory`. The lock is held by whatever
+/// copies, as long as it lives.
 ///
 /// `progress` is told the bytes done and to do, `stop` says whether to stop, and is asked all the time. Stopped or failed,
 /// the chain reads as before; done again, it goes on.
@@ -71,16 +78,14 @@ struct Task<'a> {
 /// [`Error::NoSpace`]; [`Error::Qmp`] when an image is in use; else what QEMU says.
 pub async fn copy(
     directory: &Path,
-    chain: &[Image],
-    direction: Direction,
+    task: Task<'_>,
     lock: &FileLock,
     progress: impl FnMut(u64, u64),
     stop: impl Fn() -> bool,
 ) -> Result<Copied> {
-    let task = Task { chain, direction };
     let mut attempt = 1;
     loop {
-        let mut daemon = Daemon::start(directory, lock)?;
+        let mut daemon = Daemon::start(directory, lock, task.live.is_some())?;
         let asked = async {
             while !stop() {
                 sleep(LOOK).await;
@@ -108,7 +113,12 @@ pub async fn copy(
         // A daemon that hangs is not waited for by whoever needs the images.
         tokio::select! {
             copied = task.carry_out(&client, progress) => copied?,
-            () = asked => return daemon.stop(GRACE).await.map(|()| Copied::Stopped),
+            () = asked => {
+                let deadline = Instant::now() + GRACE;
+                drop(timeout_at(deadline - GRACE / 3, Job::give_up(&client)).await);
+                drop(client);
+                return daemon.stop(deadline.duration_since(Instant::now())).await.map(|()| Copied::Stopped);
+            }
         }
         drop(client);
         daemon.stop(PATIENCE).await?;
@@ -142,7 +152,8 @@ impl Task<'_> {
         let mut backing = None;
         for image in self.chain.iter().rev() {
             let mode = if image.node == target.node { Mode::ReadWrite } else { Mode::ReadOnly };
-            commands.extend(graph::plain_commands(image, mode, backing)?);
+            let is_locked = self.live.is_none() || mode == Mode::ReadOnly;
+            commands.extend(graph::plain_commands(image, mode, backing, is_locked)?);
             backing = Some(image.node);
         }
         let name = graph::node_name;
@@ -154,6 +165,9 @@ impl Task<'_> {
         arguments["device"] = name(upper.node).into();
         arguments["auto-dismiss"] = false.into();
         arguments["on-error"] = "report".into();
+        if let Some(speed) = self.live {
+            arguments["speed"] = speed.into();
+        }
         if let (Direction::Up, Some(base)) = (self.direction, base) {
             arguments["base-node"] = name(base).into();
         }
@@ -225,6 +239,12 @@ impl Job {
         }
     }
 
+    /// Ends the job, whatever it has done. A daemon that is told to end while a job runs has been seen to crash.
+    async fn give_up(client: &Client) -> Result<()> {
+        client.execute("block-job-cancel", json!({"device": JOB, "force": true})).await?;
+        Self::ended(client).await.map(drop)
+    }
+
     /// Gives why it failed, if it did.
     fn failure(&self) -> Option<Error> {
         let reason = self.error.clone()?;
@@ -238,7 +258,7 @@ impl Job {
 
 impl Daemon {
     /// Starts a daemon that nothing but this process uses.
-    fn start(directory: &Path, lock: &FileLock) -> Result<Self> {
+    fn start(directory: &Path, lock: &FileLock, is_live: bool) -> Result<Self> {
         let log = log(directory);
         for path in [&socket(directory), &pid_file(directory)] {
             crate::record::remove(path)?;
@@ -255,7 +275,12 @@ impl Daemon {
             command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into));
         }
         let child = command.spawn().map_err(|error| Error::io("starting the storage daemon", error))?;
-        Ok(Self { child })
+        let daemon = Self { child };
+        if is_live && let Some(pid) = daemon.pid() {
+            // A guest comes first.
+            let _ = setpriority_process(Some(pid), NICE);
+        }
+        Ok(daemon)
     }
 
     /// Connects to it, once it answers.
@@ -279,6 +304,10 @@ impl Daemon {
         Client::connect_at_once(&socket(directory), PATIENCE).await
     }
 
+    fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
+    }
+
     fn has_ended(&mut self) -> Result<bool> {
         let status = self.child.try_wait().map_err(|error| Error::io("waiting for the storage daemon", error))?;
         Ok(status.is_some())
@@ -287,7 +316,7 @@ impl Daemon {
     /// Ends the daemon, which closes its files if it can in the time given.
     async fn stop(&mut self, grace: Duration) -> Result<()> {
         // A child that was not waited for keeps its number.
-        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+        if let Some(pid) = self.pid() {
             let _ = kill_process(pid, Signal::TERM);
         }
         let deadline = Instant::now() + grace;

@@ -5,8 +5,8 @@
 //!        │
 //!        ├───────► graph    what the daemon has open: a chain of nodes under one export
 //!        │           │
-//!        │           ▼
-//!        │           devices  its nodes, as it describes them
+//!        │           ├─► devices   its nodes, as it describes them
+//!        │           └─► exchange  nodes in the middle of the chain for others
 //!        └───────► qmp      the daemon's monitor
 //!
 //!   store ───────► img      qemu-img, for images that nobody has open
@@ -18,6 +18,7 @@
 
 pub mod daemon;
 pub mod devices;
+pub mod exchange;
 pub mod graph;
 pub mod img;
 pub mod merge;
@@ -27,6 +28,7 @@ pub mod qmp;
 use std::future::Future;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -34,7 +36,8 @@ use crate::id::NodeId;
 pub use program::find as find_program;
 
 /// One qcow2 file of a chain.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Image {
     /// The node it is.
     pub node: NodeId,

@@ -23,11 +23,13 @@
 //!                                                      record without the node, with an intent ─► headers ─► intent out
 //! ```
 //!
+//! A guest of this host may have the two open, if they are below what it writes to: see [`super::reader`].
+//!
 //! Whoever locks the tree for a volume that reads through the two asks for the copying to stop, waits for the merge lock,
 //! which the process that copies holds too, and takes the marker out. A marker whose lock nobody holds is of one that
 //! was killed. Without its marker nothing is merged, however much was copied.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -36,9 +38,9 @@ use super::allocation::{Allocation, BLOCK, State};
 use super::header::Header;
 use super::locked::{LoadedTree, LockedTree, node_path};
 use super::plan;
+use super::reader::{Live, Reader};
 use super::sr::Sr;
-use super::tree::{Direction, Intent, Merge, Tree};
-use crate::attachment::Attachment;
+use super::tree::{Direction, Intent, Merge, OpenMerge, Tree};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{NodeId, TreeId, VolumeKey};
@@ -58,6 +60,18 @@ pub(super) const FILES: [&str; 2] = [LOCK, STOP];
 /// How often a lock is tried that must not be waited for.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// What a guest has to have written over older data so that its volume is given an overlay for the merge, in bytes.
+const WORTH_AN_OVERLAY: u64 = 1 << 20;
+
+/// Of all the data of the two nodes this part has to be hidden for that: a hundredth.
+const WORTH_A_SHARE: u64 = 100;
+
+/// How often a worker gives one volume an overlay.
+const ROUNDS: usize = 8;
+
+/// Why two nodes stay that could be merged in neither direction.
+const KEPT_APART: &str = "its end, or its sectors, could not be kept apart from those of others";
+
 /// How many blocks are looked at together.
 const WINDOW: u64 = BLOCK / 8;
 
@@ -70,6 +84,17 @@ pub enum Next {
     Merged,
     /// Data is to be copied.
     Copy(Box<Merging>),
+    /// What a guest writes goes to a new overlay since, so that what it wrote before can be merged.
+    Frozen,
+}
+
+/// What a worker has tried in a tree.
+#[derive(Clone, Debug, Default)]
+pub struct Tried {
+    /// Hidden nodes that are not to be tried again.
+    pub failed: BTreeSet<NodeId>,
+    /// What each guest had written over older data when its volume was given an overlay, in bytes.
+    pub frozen: BTreeMap<VolumeKey, Vec<u64>>,
 }
 
 /// Two nodes that cannot be merged now.
@@ -90,6 +115,8 @@ pub struct Merging {
     pub bytes: u64,
     /// The files from the upper node down to the root.
     pub chain: Vec<Image>,
+    /// The guest that has them open.
+    pub live: Option<Live>,
     tree: TreeId,
     directory: PathBuf,
     lock: FileLock,
@@ -116,7 +143,7 @@ pub fn pairs(tree: &Tree) -> Vec<(NodeId, NodeId)> {
         .chain(tree.history.values().filter_map(|past| past.parent))
         .collect();
     let is_scratch = |id: NodeId| tree.scratch.values().any(|scratch| scratch.node == Some(id));
-    let mut children: std::collections::BTreeMap<NodeId, Vec<NodeId>> = std::collections::BTreeMap::new();
+    let mut children: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
     for (id, node) in &tree.nodes {
         if let Some(parent) = node.parent {
             children.entry(parent).or_default().push(*id);
@@ -308,14 +335,15 @@ fn walk(
 
 impl LockedTree {
     /// Begins the merge that copies the least, of those that can be made now, unless nothing is to be copied: then it is
-    /// made. `except` are hidden nodes that are not to be tried.
+    /// made. What a guest writes to is frozen where that is what is left to merge, and worth it.
     ///
     /// # Errors
     ///
     /// When a file is not what it should be, or the record cannot be written. Nothing was begun then.
-    pub fn next_merge(&mut self, host: &Host, except: &BTreeSet<NodeId>) -> Result<Next> {
+    pub fn next_merge(&mut self, host: &Host, tried: &mut Tried) -> Result<Next> {
         let mut waiting = Vec::new();
-        let mut best: Option<(Cost, Merge)> = None;
+        let mut written = Vec::new();
+        let mut best: Option<(Cost, Merge, Option<Live>)> = None;
         if self.tree.merge.is_some() && !self.clear_merge()? {
             return Ok(Next::Nothing(Vec::new()));
         }
@@ -325,51 +353,86 @@ impl LockedTree {
             return Ok(Next::Nothing(vec![Waiting { lower: *lower, reason }]));
         }
         for (lower, upper) in pairs {
-            if except.contains(&lower) {
+            if tried.failed.contains(&lower) {
                 continue;
             }
-            if let Some(reason) = self.user(host, upper)? {
-                waiting.push(Waiting { lower, reason });
-                continue;
-            }
-            match self.cheapest(lower, upper)? {
-                None => {
-                    let reason = "its end, or its sectors, could not be kept apart from those of others".to_owned();
-                    waiting.push(Waiting { lower, reason });
+            let live = match self.reader(host, upper)? {
+                Reader::Nobody => None,
+                Reader::Here(live) => Some(live),
+                Reader::Writes(volume) => {
+                    written.push((lower, upper, volume));
+                    continue;
                 }
+                Reader::Forbids(reason) => {
+                    waiting.push(Waiting { lower, reason });
+                    continue;
+                }
+            };
+            match self.cheapest(lower, upper)? {
+                None => waiting.push(Waiting { lower, reason: KEPT_APART.to_owned() }),
                 Some((cost, merge)) if cost == Cost::default() && !self.grows(merge)? => {
-                    self.make_one(merge)?;
+                    let Some(_starts) = self.no_mirror_starts(host, live)? else { continue };
+                    self.make_one(host, merge, live)?;
                     return Ok(Next::Merged);
                 }
-                Some((cost, _)) if best.is_some_and(|(least, _)| least <= cost) => {}
-                found => best = found,
+                Some((cost, _)) if best.is_some_and(|(least, _, _)| least <= cost) => {}
+                Some((cost, merge)) => best = Some((cost, merge, live)),
             }
         }
-        let Some((cost, merge)) = best else { return Ok(Next::Nothing(waiting)) };
-        self.begin(merge, cost.bytes).map(|merging| Next::Copy(Box::new(merging)))
+        if let Some((cost, merge, live)) = best {
+            let Some(_starts) = self.no_mirror_starts(host, live)? else { return Ok(Next::Nothing(waiting)) };
+            return self.begin(host, merge, cost.bytes, live).map(|merging| Next::Copy(Box::new(merging)));
+        }
+        for (lower, upper, volume) in written {
+            match self.freeze(host, lower, upper, volume, tried)? {
+                None => return Ok(Next::Frozen),
+                Some(reason) => waiting.push(Waiting { lower, reason }),
+            }
+        }
+        Ok(Next::Nothing(waiting))
+    }
+
+    /// Gives the volume that a guest writes to an overlay, when enough of what it has written lies over data that nobody
+    /// sees any more; else says why not.
+    fn freeze(
+        &mut self,
+        host: &Host,
+        lower: NodeId,
+        upper: NodeId,
+        volume: VolumeKey,
+        tried: &mut Tried,
+    ) -> Result<Option<String>> {
+        let here = format!("volume {volume} is active on this host");
+        if self.cheapest(lower, upper)?.is_none() {
+            return Ok(Some(KEPT_APART.to_owned()));
+        }
+        let (mut twice, mut all) = (0, 0);
+        let size = self.tree.node(upper)?.virtual_size;
+        walk(&self.tables(upper)?, &self.tables(lower)?, size, |_, above, below| {
+            all += BLOCK * (u64::from(above == State::Data) + u64::from(below == State::Data));
+            twice += BLOCK * u64::from(above.is_known() && below == State::Data);
+            Ok(())
+        })?;
+        if twice < WORTH_AN_OVERLAY || twice < all / WORTH_A_SHARE {
+            return Ok(Some(format!("{here}: the {twice} bytes that it hides are merged when it is closed")));
+        }
+        let before = tried.frozen.entry(volume).or_default();
+        if before.len() >= ROUNDS || before.last().is_some_and(|last| twice > last / 2) {
+            return Ok(Some(format!("{here}, and its guest writes as fast as data is merged")));
+        }
+        before.push(twice);
+        let Some(_starts) = self.no_mirror_starts(host, Some(Live { volume }))? else {
+            return Ok(Some(format!("{here}, and about to be mirrored")));
+        };
+        let change = plan::overlay(&self.tree, volume, NodeId::random(), None)?;
+        tracing::info!(%volume, twice, "what a guest has written is frozen");
+        self.switch(host, change).map(|()| None)
     }
 
     /// Tells whether the file that takes the data is to be made larger.
     fn grows(&self, merge: Merge) -> Result<bool> {
         let size = |node| self.tree.node(node).map(|node| node.virtual_size);
         Ok(merge.direction == Direction::Down && size(merge.lower)? != size(merge.upper)?)
-    }
-
-    /// Tells who has a node open, on whatever host.
-    fn user(&self, host: &Host, node: NodeId) -> Result<Option<String>> {
-        let this = host.uuid()?;
-        for key in readers(&self.tree, node) {
-            let volume = self.volume(key)?;
-            if let Some(claim) = volume.active.iter().find(|claim| claim.host != this) {
-                return Ok(Some(format!("volume {key} is active on host {}", claim.host)));
-            }
-            // A claim of this host with nothing open behind it is worth nothing, of whatever boot.
-            let attachment = Attachment::lock_existing(host, key)?;
-            if attachment.is_some_and(|attachment| attachment.open_mode().is_some()) {
-                return Ok(Some(format!("volume {key} is active on this host")));
-            }
-        }
-        Ok(None)
     }
 
     /// Finds the direction in which the least is copied; `None` when there is none that can be gone.
@@ -392,7 +455,10 @@ impl LockedTree {
     }
 
     /// Writes down that data is being copied, and takes the lock for that.
-    fn begin(&mut self, merge: Merge, bytes: u64) -> Result<Merging> {
+    fn begin(&mut self, host: &Host, merge: Merge, bytes: u64, live: Option<Live>) -> Result<Merging> {
+        if let (Some(live), Direction::Up) = (live, merge.direction) {
+            self.prepare_growth(host, live, merge.upper, bytes)?;
+        }
         let path = self.directory.join(LOCK);
         let Some(lock) = FileLock::try_acquire(&path)? else {
             return Err(Error::Internal(format!("{} is locked without a marker in the record", path.display())));
@@ -406,7 +472,10 @@ impl LockedTree {
             Ok(chain)
         });
         match begun {
-            Ok(chain) => Ok(Merging { merge, bytes, chain, tree: self.id, directory: self.directory.clone(), lock }),
+            Ok(chain) => {
+                let (tree, directory) = (self.id, self.directory.clone());
+                Ok(Merging { merge, bytes, chain, live, tree, directory, lock })
+            }
             Err(error) => {
                 drop(fs::remove_file(&path));
                 Err(error)
@@ -464,24 +533,18 @@ impl LockedTree {
         Ok(())
     }
 
-    /// Makes two nodes one whose data is in one of the files: first in the record, then in the files' headers. The other
-    /// file goes.
-    fn make_one(&mut self, merge: Merge) -> Result<()> {
+    /// Makes two nodes one whose data is in one of the files: first in the record, then in the files' headers and for the
+    /// guest that has them open. The other file goes.
+    fn make_one(&mut self, host: &Host, merge: Merge, live: Option<Live>) -> Result<()> {
         let (after, nodes) = merged(&self.tree, merge)?;
-        self.commit(plan::with_intent(&after, Intent::Relink { nodes })?)?;
+        let (kept, dropped) = match merge.direction {
+            Direction::Up => (merge.upper, merge.lower),
+            Direction::Down => (merge.lower, merge.upper),
+        };
+        let open = live.map(|live| OpenMerge { volume: live.volume, kept, dropped });
+        self.commit(plan::with_intent(&after, Intent::Relink { nodes, open })?)?;
         self.sync_copy()?;
-        self.finish_relink()
-    }
-
-    /// Makes the headers of merged nodes say what the record says.
-    pub(super) fn finish_relink(&mut self) -> Result<()> {
-        let Some(Intent::Relink { nodes }) = self.tree.intent.clone() else { return Ok(()) };
-        for node in nodes {
-            self.relink_header(node, &self.lock)?;
-        }
-        self.commit(plan::rolled_back(&self.tree))?;
-        self.sweep([]);
-        Ok(())
+        self.finish_relink(host)
     }
 }
 
@@ -539,7 +602,7 @@ impl Merging {
             };
             if is_there { Ok(()) } else { Err(wrong(format!("block {block} was not copied to it"))) }
         })?;
-        let found = img::repair_leaks(&to.path, Some(&self.lock))?;
+        let found = img::repair_leaks(&to.path, self.live.is_none(), Some(&self.lock))?;
         match found.corruptions + found.check_errors {
             0 => Ok(()),
             errors => Err(wrong(format!("qemu-img check finds {errors} errors in it"))),
@@ -561,11 +624,21 @@ impl Merging {
             && self.chain.iter().take(2).all(|image| size(image.node).is_ok_and(|size| size == image.virtual_size))
             && tree.tree.chain(self.merge.upper).iter().eq(self.chain.iter().map(|image| &image.node))
             && tree.tree.intent.is_none();
-        if !is_as_before || self.is_to_stop() || tree.user(host, self.merge.upper)?.is_some() {
+        let live = match tree.reader(host, self.merge.upper)? {
+            Reader::Here(live) if Some(live) == self.live => Some(live),
+            // Whoever had them open has closed them since.
+            Reader::Nobody => None,
+            _ => {
+                tree.give_up(&self.lock)?;
+                return Ok(Ended::Stopped);
+            }
+        };
+        let starts = tree.no_mirror_starts(host, live)?;
+        if !is_as_before || self.is_to_stop() || starts.is_none() {
             tree.give_up(&self.lock)?;
             return Ok(Ended::Stopped);
         }
-        tree.make_one(self.merge)?;
+        tree.make_one(host, self.merge, live)?;
         remove_files(&self.lock, &self.directory);
         Ok(Ended::Merged)
     }

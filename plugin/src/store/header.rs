@@ -101,6 +101,30 @@ impl Header {
     }
 }
 
+/// Makes a header name another backing file, whose name is as long as the old one's, or none; durable when this returns.
+///
+/// For a file that nobody writes to and somebody may read: QEMU's own tools would not write to it then.
+///
+/// # Errors
+///
+/// [`Error::Image`] when the old name is not as long; else the file cannot be written to.
+pub(super) fn rename_backing(path: &Path, backing: Option<&str>) -> Result<()> {
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(path);
+    let file = file.map_err(Error::on("opening", path))?;
+    let head = read_at(&file, 0, LENGTH).map_err(Error::on("reading", path))?.unwrap_or_default();
+    let (offset, length) = (u64_at(&head, 8), u32_at(&head, 16) as usize);
+    let written = match backing {
+        None => file.write_all_at(&[0; 12], 8),
+        Some(name) if offset != 0 && name.len() == length => file.write_all_at(name.as_bytes(), offset),
+        Some(name) => {
+            let reason = format!("its header has no room for the backing file {name}");
+            return Err(Error::Image { path: path.to_owned(), reason });
+        }
+    };
+    written.and_then(|()| file.sync_all()).map_err(Error::on("writing", path))
+}
+
 /// Reads exactly `length` bytes, or `None` past the end of the file.
 fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Option<Vec<u8>>> {
     let mut bytes = vec![0; length];

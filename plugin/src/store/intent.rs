@@ -131,8 +131,8 @@ impl LockedTree {
         let Some(intent) = self.tree.intent.clone() else {
             return Ok(());
         };
-        let Some(volume) = intent.volume() else {
-            return self.finish_relink();
+        let (Some(volume), false) = (intent.volume(), matches!(intent, Intent::Relink { .. })) else {
+            return self.finish_relink(host);
         };
         let this = host.uuid()?;
         if self.volume(volume)?.active.iter().any(|activation| activation.host != this) {
@@ -156,7 +156,7 @@ impl LockedTree {
                 }
                 self.end_resize()
             }
-            Intent::Relink { .. } => self.finish_relink(),
+            Intent::Relink { .. } => self.finish_relink(host),
         }
     }
 

@@ -33,6 +33,7 @@ pub mod coalesce;
 pub mod compose;
 mod content;
 mod examine;
+mod extent;
 mod finding;
 mod garbage;
 mod header;
@@ -43,6 +44,7 @@ mod locked;
 mod mend;
 mod new;
 pub mod plan;
+mod reader;
 mod rebuild;
 mod scratch;
 mod spare;
@@ -69,7 +71,7 @@ pub use new::NewTree;
 pub use rebuild::{RECOVERED, Rebuilt};
 pub use sr::{Sr, SrRecord, is_read_only, is_same};
 pub use tree::{
-    Activation, Change, Direction, Intent, MAX_VIRTUAL_SIZE, Merge, Mode, Move, Node, Past, SIZE_UNIT, Scratch, Tree,
-    Volume,
+    Activation, Change, Direction, Intent, MAX_VIRTUAL_SIZE, Merge, Mode, Move, Node, OpenMerge, Past, SIZE_UNIT,
+    Scratch, Tree, Volume,
 };
 pub use uri::{sr_path, sr_uri};

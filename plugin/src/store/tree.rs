@@ -21,8 +21,8 @@ pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 ///
 /// Format 1 is an object of `format`, `nodes`, `volumes` and, while an operation is under way, `intent`. Format 2 may
 /// have `composed`, `scratch`, a `history`, volumes whose data was destroyed and an intent to compose. In format 3 nodes
-/// may have a `content`, in format 4 volumes an `importing`. In format 5 there may be a `merge`, and an intent to relink.
-/// A tree is written in the oldest format that can hold it. A field that is not known is an error: whatever adds one
+/// may have a `content`, in format 4 volumes an `importing`. In format 5 there may be a `merge`, and an intent to relink,
+/// which in format 6 may be of nodes that a guest has open. A tree is written in the oldest format that can hold it. A field that is not known is an error: whatever adds one
 /// raises the format.
 /// What [`Self::check`] asks for holds of every tree that was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -249,11 +249,26 @@ pub enum Intent {
         onto: TreeId,
     },
     /// Two nodes were merged: nodes have another parent since, and their files' headers are to say so. Nobody has any of
-    /// them open before that is done.
+    /// them open before that is done, but for the one volume that is named where there is one.
     Relink {
         /// The nodes whose parent is another one.
         nodes: BTreeSet<NodeId>,
+        /// Who has the nodes open, and is to read the one that is left instead of the two.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        open: Option<OpenMerge>,
     },
+}
+
+/// Two nodes that were merged while a volume's daemon had them open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenMerge {
+    /// The volume.
+    pub volume: VolumeKey,
+    /// The node that has taken the other's data.
+    pub kept: NodeId,
+    /// The other one, whose file stays until the daemon has let go of it.
+    pub dropped: NodeId,
 }
 
 impl Intent {
@@ -262,14 +277,17 @@ impl Intent {
         match self {
             Self::Switch(change) => change.moves.map(|moves| moves.volume),
             Self::Resize { volume, .. } | Self::Compose { volume, .. } => Some(*volume),
-            Self::Relink { .. } => None,
+            Self::Relink { open, .. } => open.map(|open| open.volume),
         }
     }
 }
 
 impl Record for Tree {
-    const FORMAT: u64 = 5;
+    const FORMAT: u64 = 6;
 }
+
+/// The format of a tree in which no nodes are merged that are open.
+const FIFTH_FORMAT: u64 = 5;
 
 /// The format of a tree in which no nodes are merged.
 const FOURTH_FORMAT: u64 = 4;
@@ -330,8 +348,11 @@ impl Tree {
 
     /// Gives the oldest format in which the tree can be written: programs that know no newer one can go on with it.
     pub fn needed_format(&self) -> u64 {
-        if self.merge.is_some() || matches!(self.intent, Some(Intent::Relink { .. })) {
-            return Self::FORMAT;
+        match self.intent {
+            Some(Intent::Relink { open: Some(_), .. }) => return Self::FORMAT,
+            Some(Intent::Relink { open: None, .. }) => return FIFTH_FORMAT,
+            _ if self.merge.is_some() => return FIFTH_FORMAT,
+            _ => {}
         }
         if self.volumes.values().any(|volume| volume.importing.is_some()) {
             return FOURTH_FORMAT;
@@ -426,7 +447,8 @@ impl Tree {
     pub fn referenced_nodes(&self) -> BTreeSet<NodeId> {
         let pending = match &self.intent {
             Some(Intent::Switch(change)) => change.nodes.keys().copied().collect(),
-            Some(Intent::Resize { .. } | Intent::Compose { .. } | Intent::Relink { .. }) | None => Vec::new(),
+            Some(Intent::Relink { open, .. }) => open.iter().map(|open| open.dropped).collect(),
+            Some(Intent::Resize { .. } | Intent::Compose { .. }) | None => Vec::new(),
         };
         self.nodes.keys().copied().chain(pending).collect()
     }
@@ -466,10 +488,16 @@ impl Tree {
             Some(Intent::Compose { volume, .. }) => {
                 Err(format!("the intent composes volume {volume}, which is not there"))
             }
-            Some(Intent::Relink { nodes }) => match nodes.iter().find(|node| !self.nodes.contains_key(node)) {
-                Some(node) => Err(format!("the intent relinks node {node}, which is not there")),
-                None => Ok(()),
-            },
+            Some(Intent::Relink { nodes, open }) => {
+                let kept = open.iter().map(|open| &open.kept);
+                match nodes.iter().chain(kept).find(|node| !self.nodes.contains_key(node)) {
+                    Some(node) => Err(format!("the intent relinks node {node}, which is not there")),
+                    None => match open.iter().find(|open| !self.volumes.contains_key(&open.volume)) {
+                        Some(open) => Err(format!("the intent relinks volume {}, which is not there", open.volume)),
+                        None => Ok(()),
+                    },
+                }
+            }
         }
     }
 

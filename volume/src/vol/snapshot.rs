@@ -1,6 +1,7 @@
 //! Volume.snapshot: keeps what a volume holds now as a volume of its own.
 
 use plugin::error::Result;
+use plugin::gc;
 use plugin::host::Host;
 use plugin::id::{NodeId, VolumeKey};
 use plugin::mirror;
@@ -43,6 +44,11 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<VolumeRecord> {
         // Who only reads goes on reading the node that becomes the snapshot's, which stays as it is.
         Usage::Idle | Usage::Here(Mode::ReadOnly) | Usage::Elsewhere(..) => tree.apply(&change)?,
     }
+    let id = tree.id;
     drop(tree);
+    // What its guest wrote to waited for this.
+    if matches!(usage, Usage::Here(_)) {
+        gc::start_for(host, &sr, id);
+    }
     sr.stat(snapshot)
 }

@@ -1,0 +1,12 @@
+//! What is deleted gives its space back while a guest goes on writing, and the guest notices nothing.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod deaths;
+mod guest;
+mod merges;
+mod others;
+mod scene;
