@@ -46,7 +46,7 @@ suites:
 sweep: dependencies-test ## Make every single script call of a migration fail, and migrate 432 random trees (long)
 	$(CARGO) build --workspace
 	FAKE_XAPI_SWEEP=all $(CARGO) test --package fake-xapi --test failures --test smapiv1
-	$(CARGO) test --package volume --test gc -- --ignored
+	$(CARGO) test --package volume --test gc --test gc_live -- --ignored
 	$(MAKE) static
 	FAKE_XAPI_BUILD="$(abspath $(STATIC))" $(CARGO) test --package fake-xapi --test packages -- --include-ignored
 	FAKE_XAPI_PLANS=9 $(CARGO) test --package fake-xapi --test migration --test smapiv1 random

@@ -57,10 +57,7 @@ fn begun(way: Way) -> Scene {
 fn kill_daemon(scene: &Scene) {
     let daemon = Pid::from_raw(scene.daemon()).unwrap();
     let _ = kill_process(daemon, Signal::KILL);
-    scene.wait("the daemon is killed", || {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.as_raw_nonzero()));
-        stat.map_or(true, |stat| stat.contains(") Z"))
-    });
+    scene.wait_for_end(daemon.as_raw_nonzero().get());
 }
 
 /// Kills a worker at the n-th of some system call, and the volume's daemon with it if that is asked. False when it was

@@ -97,10 +97,7 @@ fn a_disk_reads_the_same_however_far_a_merge_has_come() {
             all.push(layers);
             continue;
         };
-        scene.wait("the copying ends", || {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
-            stat.map_or(true, |stat| stat.contains(") Z"))
-        });
+        scene.wait_for_end(pid.trim().parse().unwrap());
         assert!(read(&scene) == expected, "before the nodes are one");
         assert!(worker.try_wait().unwrap().is_none());
         drop(lock);

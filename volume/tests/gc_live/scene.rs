@@ -145,7 +145,8 @@ impl Scene {
         let mut worker = self.bench.host.start_gc(&self.bench.sr);
         let daemon = self.bench.host.root.join(format!("run/xapi-storage-qcow2/gc/{}/daemon.pid", self.bench.sr));
         loop {
-            if self.tree().merge.is_some() && daemon.exists() {
+            let is_written = fs::read_to_string(&daemon).is_ok_and(|text| text.ends_with('\n'));
+            if self.tree().merge.is_some() && is_written {
                 return (worker, true);
             }
             if worker.try_wait().unwrap().is_some() {
@@ -204,8 +205,17 @@ impl Scene {
         }
     }
 
+    /// Waits until a daemon of this SR's host has ended. Its number may be another's by then.
+    pub fn wait_for_end(&self, daemon: i32) {
+        let root = self.bench.host.root.to_str().unwrap().to_owned();
+        self.wait("the daemon's end", || {
+            let line = fs::read_to_string(format!("/proc/{daemon}/cmdline")).unwrap_or_default();
+            !line.contains(&root)
+        });
+    }
+
     /// Waits until something holds.
-    pub fn wait(&self, what: &str, mut holds: impl FnMut() -> bool) {
+    fn wait(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let began = Instant::now();
         while !holds() {
             assert!(began.elapsed() < Duration::from_secs(60), "{what}");
