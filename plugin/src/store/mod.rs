@@ -44,7 +44,7 @@ mod locked;
 mod mend;
 mod new;
 pub mod plan;
-mod reader;
+pub mod reader;
 mod rebuild;
 mod scratch;
 mod spare;
