@@ -88,7 +88,8 @@ fn killed_at(way: Way, call: &str, n: u32, and_daemon: bool) -> bool {
         let socket = scene.host().volume_dir(scene.volume.parse().unwrap()).join("nbd.sock");
         scene.guest = Some(Guest::start(&socket, &scene.volume, model, REGION));
     } else {
-        scene.bench.call("Volume.set", json!({"key": scene.volume, "k": "k", "v": "v"}));
+        // One that looks at the daemon too.
+        scene.bench.call("Volume.compare", json!({"key": scene.volume, "key2": scene.volume}));
     }
     scene.assert_agree();
     scene.gc();
