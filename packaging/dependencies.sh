@@ -33,7 +33,7 @@ case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     packages) programs='cc rpmbuild dpkg-deb readelf' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
-    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 rpm rpmbuild dpkg-deb readelf chromium mandoc' ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 fio rpm rpmbuild dpkg-deb readelf chromium mandoc' ;;
     *) die "usage: $0 [run|demo|test|packages]" ;;
 esac
 
@@ -55,6 +55,7 @@ debian_package() {
         strace) echo strace ;;
         flock) echo util-linux ;;
         python3) echo python3 ;;
+        fio) echo fio ;;
         rpm | rpmbuild) echo rpm ;;
         dpkg-deb) echo dpkg ;;
         readelf) echo binutils ;;
@@ -113,7 +114,7 @@ if [ -n "$lacking" ]; then
     hash -r
     lacking=$(missing)
     [ -z "$lacking" ] || die "still missing: $lacking- install them by hand (QEMU $qemu_major.$qemu_minor or newer," \
-        "e2fsprogs, xfsprogs, libnbd's tools, strace, python3, chromium, mandoc) and run this again"
+        "e2fsprogs, xfsprogs, libnbd's tools, strace, python3, fio, chromium, mandoc) and run this again"
 fi
 
 for program in qemu-img qemu-storage-daemon; do
