@@ -33,7 +33,7 @@ case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     packages) programs='cc rpmbuild dpkg-deb readelf' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
-    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 fio rpm rpmbuild dpkg-deb readelf chromium mandoc' ;;
+    test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 fio rpm rpmbuild dpkg-deb readelf systemd-analyze chromium mandoc' ;;
     *) die "usage: $0 [run|demo|test|packages]" ;;
 esac
 
@@ -61,6 +61,7 @@ debian_package() {
         readelf) echo binutils ;;
         chromium) echo chromium ;;
         mandoc) echo mandoc ;;
+        systemd-analyze) echo systemd ;;
         qemu-storage-daemon)
             # qemu-utils has it since QEMU 8.2 (Debian 13, the backport for Debian 12), qemu-system-common before.
             version=$(apt-cache policy qemu-utils | sed -n 's/^ *Candidate: *//p')

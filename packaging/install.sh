@@ -77,7 +77,6 @@ place() {
 
 place "$build/xapi-storage-qcow2" "$program" 0755
 for unit in "$packaging"/systemd/*.service; do
-    [ -e "$unit" ] || continue
     sed "s|/usr/libexec/|$prefix/libexec/|g" "$unit" >"$stage/unit"
     place "$stage/unit" "$units/${unit##*/}" 0644
 done

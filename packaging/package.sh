@@ -73,6 +73,8 @@ make_rpm() {
 make_deb() {
     tree=$stage/deb
     BUILD=$build "$packaging/tree.sh" "$tree"
+    # A name of old that newer versions of systemd warn of.
+    sed -i '/^MemoryLimit=/d' "$tree"/usr/lib/systemd/system/*.service
     # Where Debian's tools look for them.
     mv -- "$tree/usr/share/doc/xapi-storage-qcow2/LICENSE" "$tree/usr/share/doc/xapi-storage-qcow2/copyright"
     kibibytes=$(du -sk -- "$tree" | cut -f 1)

@@ -26,7 +26,6 @@ place "$packaging/plugins.sh" "$lib" 0755
 "$packaging/plugins.sh" make "$build" "$root$lib"
 place "$build/xapi-storage-qcow2" /usr/sbin 0755
 for unit in "$packaging"/systemd/*.service; do
-    [ -e "$unit" ] || continue
     place "$unit" /usr/lib/systemd/system 0644
 done
 for page in "$packaging"/man/*.[1-8]; do

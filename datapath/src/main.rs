@@ -3,7 +3,7 @@
 //! One executable answers every method, each from a file of its own; [`METHODS`] is the whole table. What a datapath
 //! is, and what happens to it when, is in [`plugin::attachment`] and [`plugin::activation`]. The same executable, called
 //! with another argument, is the supervisor of a mirror, the relay of an import, the server of a block device, or the
-//! worker that brings space back, and it has what an installation needs.
+//! worker that brings space back, and it has what installations and systemd's services need.
 
 mod about;
 mod data;
@@ -18,7 +18,7 @@ mod task;
 use std::process::ExitCode;
 
 use plugin::gc;
-use plugin::host::Host;
+use plugin::host::{Host, service};
 use plugin::smapi::{self, Method, typed};
 
 /// What this plugin answers.
@@ -57,6 +57,7 @@ fn main() -> ExitCode {
     let run = match entry.to_str() {
         Some(gc::ENTRY) => return gc::main(&Host::from_environment(), &arguments.next().unwrap_or_default()),
         Some(exchange::ENTRY) => return exchange::main(arguments),
+        Some(service::ENTRY) => service::main,
         Some(mirror::ENTRY) => mirror::main,
         Some(import::ENTRY) => import::main,
         Some(plugin::device::ENTRY) => device::main,

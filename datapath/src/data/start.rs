@@ -7,7 +7,7 @@ use std::time::Duration;
 use plugin::activation;
 use plugin::attachment::Attachment;
 use plugin::error::{Error, Result};
-use plugin::host::{Host, Launch};
+use plugin::host::{Host, Launch, this_program};
 use plugin::id::{NodeId, VolumeUri};
 use plugin::lock::FileLock;
 use plugin::mirror::{self, Blocks, MirrorRecord, OFFLINE_DOMAIN};
@@ -133,11 +133,13 @@ fn launch(host: &Host, record: &mut MirrorRecord, blocks: Option<&Blocks>) -> Re
         blocks.store(host, record.key)?;
     }
     record.store(host)?;
-    let program = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
+    let program = this_program()?;
     let arguments: [OsString; 2] = [ENTRY.into(), record.key.to_string().into()];
-    let unit = format!("xapi-storage-qcow2-mirror-{}", record.key);
+    let unit = format!("xapi-storage-qcow2-mirror@{}", record.key);
     let log = directory.join("supervisor.log");
-    let process = Launch { unit: &unit, program: &program, arguments: &arguments, log: &log }.start(host)?;
+    let launch = Launch { unit: &unit, program: &program, arguments: &arguments, log: &log };
+    // It closes the source that was opened for it.
+    let process = launch.start_for(host, Sr::attached_path(host, record.sr).ok().as_deref())?;
     // Until it has written its own name into the record, another call would take it for dead.
     let settings = host.settings()?;
     let deadline = std::time::Instant::now() + settings.qmp();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Attachment;
 use super::state::{Import, Use};
 use crate::error::{Error, Result};
-use crate::host::Launch;
+use crate::host::{Launch, this_program};
 use crate::id::Domain;
 use crate::qemu;
 
@@ -57,8 +57,8 @@ impl Attachment {
         self.end_import(|_| true)?;
         // Its client is not one that reads what is said.
         qemu::block_on(self.join_session())?;
-        let program = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
-        let unit = format!("xapi-storage-qcow2-import-{}", self.state.volume);
+        let program = this_program()?;
+        let unit = format!("xapi-storage-qcow2-import@{}", self.state.volume);
         let log = self.directory.join("import.log");
         let relay = Launch { unit: &unit, program: &program, arguments, log: &log }.start(&self.host)?;
         self.state.import = Some(Import { domain: owner, relay });

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::id::Domain;
 use crate::mirror::Base;
 use crate::qemu::{Image, daemon};
-use crate::store::Mode;
+use crate::store::{Mode, Sr};
 
 /// How long a client that is about to go may take: xapi's proxy closes its connection about when it calls.
 const CLIENT_GRACE: Duration = Duration::from_secs(1);
@@ -181,8 +181,9 @@ impl Attachment {
         if self.state.daemon.is_some() {
             return Ok(false);
         }
-        let unit = format!("xapi-storage-qcow2-{}", self.state.volume);
-        self.state.daemon = Some(daemon::spawn(&self.host, &self.directory, &unit).await?);
+        let unit = format!("xapi-storage-qcow2-daemon@{}", self.state.volume);
+        let sr = Sr::attached_path(&self.host, self.state.sr).ok();
+        self.state.daemon = Some(daemon::spawn(&self.host, &self.directory, &unit, sr.as_deref()).await?);
         Ok(true)
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::{ENTRY, file};
 use crate::error::{Error, Result};
-use crate::host::{Host, Launch, Process};
+use crate::host::{Host, Launch, Process, this_program};
 use crate::id::VolumeKey;
 
 /// What a FUSE server speaks to.
@@ -30,7 +30,7 @@ pub fn start(host: &Host, directory: &Path, volume: VolumeKey) -> Result<Process
     // It is found by this, if it is found in no record.
     let made = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
     made.map_err(Error::on("making", &path))?;
-    let program = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
+    let program = this_program()?;
     let unit = format!("xapi-storage-qcow2-device-{volume}");
     let arguments = [ENTRY.into(), directory.into()];
     Launch { unit: &unit, program: &program, arguments: &arguments, log: &directory.join(LOG) }.start(host)

@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::host::{Host, Launch, Process, ROOT_VARIABLE};
+use crate::host::{Host, Launch, Process, ROOT_VARIABLE, this_program};
 use crate::id::{SrUuid, TreeId};
 use crate::lock::FileLock;
 use crate::smapi::{LevelFilter, start_log};
@@ -111,7 +111,7 @@ fn workers(host: &Host, sr: SrUuid) -> Result<Vec<Process>> {
 }
 
 fn launch(host: &Host, sr: SrUuid) -> Result<()> {
-    let program = std::env::current_exe().map_err(|error| Error::io("finding this program", error))?;
+    let program = this_program()?;
     // Another one that uses this library, as tests do, does not know the argument.
     if !program.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(EXECUTABLES)) {
         return Ok(());

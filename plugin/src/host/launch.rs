@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 use rustix::process::{Resource, Rlimit};
 
-use super::{Host, Process, ROOT_VARIABLE};
+use super::{Host, Process, ROOT_VARIABLE, service};
 use crate::error::{Error, Result};
 use crate::smapi::LOG_VARIABLE;
 
@@ -27,8 +27,8 @@ const SYSTEMD_RUN: [&str; 2] = ["/usr/bin/systemd-run", "/bin/systemd-run"];
 /// The slice that holds what virtual machines depend on, on hosts that have it.
 const SLICE: &str = "vm.slice";
 
-/// Where a slice's unit file may be.
-const UNIT_DIRECTORIES: [&str; 4] =
+/// Where unit files may be.
+pub(super) const UNIT_DIRECTORIES: [&str; 4] =
     ["/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"];
 
 /// Descriptors that a daemon may have open: a chain takes one a layer, each client one.
@@ -37,7 +37,8 @@ const DESCRIPTORS: u64 = 65536;
 /// A program to start.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
-    /// What the systemd unit is called, where there is systemd; unique among what runs.
+    /// What the systemd unit is called, where there is systemd; unique among what runs. As `<template>@<instance>` it is
+    /// a service where that template is installed.
     pub unit: &'a str,
     /// The program's absolute path.
     pub program: &'a Path,
@@ -51,26 +52,33 @@ impl Launch<'_> {
     /// Starts the program and names its process.
     ///
     /// It runs in `/`, in a session of its own, with a clean environment, default signals, umask 077, no descriptor
-    /// but standard input (/dev/null) and the log, and, where systemd is there, in a scope outside the caller's
-    /// control group, which it enters before the program itself begins.
+    /// but standard input (/dev/null) and the log. Where systemd is there it runs outside the caller's control group: as a
+    /// service with the sandbox of its template unit, or, without one, in a scope, which it enters before the program
+    /// itself begins.
     ///
     /// # Errors
     ///
     /// When the program cannot be started.
     pub fn start(&self, host: &Host) -> Result<Process> {
+        self.start_for(host, None)
+    }
+
+    /// Starts a program that writes to an SR's directory, besides the runtime directory; otherwise as [`Self::start`].
+    ///
+    /// # Errors
+    ///
+    /// When the program cannot be started.
+    pub fn start_for(&self, host: &Host, sr: Option<&Path>) -> Result<Process> {
+        if is_under_systemd(host) && service::has_template(self.unit) {
+            return service::start(host, self, sr);
+        }
         let mut options = OpenOptions::new();
         let log = options.write(true).create(true).truncate(true).mode(0o600).open(self.log);
         let log = log.map_err(Error::on("opening", self.log))?;
         let second = log.try_clone().map_err(Error::on("opening", self.log))?;
         let mut command = self.command(host);
         command.current_dir("/").stdin(Stdio::null()).stdout(log).stderr(second);
-        command.env_clear().env("LC_ALL", "C").env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        if host.root() != Path::new("/") {
-            command.env(ROOT_VARIABLE, host.root());
-        }
-        if let Some(filter) = std::env::var_os(LOG_VARIABLE) {
-            command.env(LOG_VARIABLE, filter);
-        }
+        command.env_clear().envs(environment(host));
         // SAFETY: the closure runs between fork and exec, where only async-signal-safe functions may be called: it
         // makes plain system calls and neither allocates nor locks.
         #[allow(unsafe_code)]
@@ -92,8 +100,8 @@ impl Launch<'_> {
     /// Gives the command line, through systemd-run where systemd is there and the host is the machine itself.
     fn command(&self, host: &Host) -> Command {
         let mut words = Vec::new();
-        if host.root() == Path::new("/") && Path::new(SYSTEMD_RUNS).is_dir() {
-            words = scope(self.unit);
+        if is_under_systemd(host) {
+            words = scope(&self.unit.replace('@', "-"));
         }
         words.push(self.program.as_os_str().to_owned());
         words.extend_from_slice(self.arguments);
@@ -101,6 +109,21 @@ impl Launch<'_> {
         command.args(&words[1..]);
         command
     }
+}
+
+/// Tells whether systemd runs and the host is the machine itself.
+fn is_under_systemd(host: &Host) -> bool {
+    host.root() == Path::new("/") && Path::new(SYSTEMD_RUNS).is_dir()
+}
+
+/// Gives the environment of what is started.
+pub(super) fn environment(host: &Host) -> Vec<(&'static str, OsString)> {
+    let mut variables = vec![("LC_ALL", "C".into()), ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".into())];
+    if host.root() != Path::new("/") {
+        variables.push((ROOT_VARIABLE, host.root().into()));
+    }
+    variables.extend(std::env::var_os(LOG_VARIABLE).map(|filter| (LOG_VARIABLE, filter)));
+    variables
 }
 
 /// Gives the words before a command line that put it into a scope: systemd-run asks for the scope with its own

@@ -2,6 +2,8 @@
 
 mod launch;
 mod process;
+mod program;
+pub mod service;
 mod settings;
 
 use std::fs;
@@ -15,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::id::{MirrorKey, SrUuid, VolumeKey};
 pub use launch::Launch;
 pub use process::Process;
+pub use program::this_program;
 pub use settings::{BlockDevices, Settings};
 
 /// The variable that puts a directory before every absolute path of the host but those of SRs, so that several
@@ -31,6 +34,7 @@ pub const ROOT_VARIABLE: &str = "XAPI_STORAGE_QCOW2_ROOT";
 ///     srs/<sr uuid>.json           an attached SR: where it is
 ///     volumes/<volume uuid>/       a volume with a datapath: its daemon, sockets and state
 ///     mirrors/<mirror key>/        a mirror: its supervisor and state
+///     launch/<unit>/               a service that is being started: what it is to run
 ///     gc/<sr uuid>.json            what the last one that brought space back did
 /// ```
 #[derive(Clone, Debug)]

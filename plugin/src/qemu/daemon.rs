@@ -72,12 +72,12 @@ impl Sockets {
 /// Starts a daemon with an NBD server and nothing open, and waits until it answers.
 ///
 /// What a daemon that has ended left in the directory is replaced; one that still runs there, though no record tells
-/// of it, is killed first. The caller holds the volume's lock.
+/// of it, is killed first. Where it is confined it may write to the SR's directory. The caller holds the volume's lock.
 ///
 /// # Errors
 ///
 /// When the program is not there, ends at once or does not answer in time. No process is left then.
-pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process> {
+pub async fn spawn(host: &Host, directory: &Path, unit: &str, sr: Option<&Path>) -> Result<Process> {
     let settings = host.settings()?;
     kill_strays(host, directory, settings.qmp())?;
     let program = program::find("qemu-storage-daemon")?;
@@ -86,7 +86,7 @@ pub async fn spawn(host: &Host, directory: &Path, unit: &str) -> Result<Process>
     let deadline = Instant::now() + settings.qmp();
     loop {
         remove_files(directory)?;
-        let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start(host)?;
+        let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start_for(host, sr)?;
         let (error, is_deaf) = match make_ready(host, &process, directory, &settings, deadline).await {
             Ok(()) => return Ok(process),
             Err(Startup::Deaf(error)) => (error, true),

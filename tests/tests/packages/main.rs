@@ -4,6 +4,7 @@
 #![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test talks to people")]
 
 mod scratch;
+mod service;
 #[path = "../world/mod.rs"]
 mod world;
 

@@ -1,0 +1,206 @@
+//! Starting a program as a service of systemd's, in the sandbox of its template unit.
+//!
+//! ```text
+//!   caller                                        systemd                      the service's process
+//!   launch/<unit>/order.json, sr ─► systemctl restart <unit> ─► namespaces, cgroup ─► this executable, `service <unit>`
+//!                                                                                      reads the order
+//!   launch/<unit>/started.json ◄───────────────────────────────────────────────────── writes down who it is
+//!   (systemctl returns) ◄───────────── READY=1 ◄────────────────────────────────────── becomes the program
+//! ```
+//!
+//! A template unit takes one word, the instance; programs take more, and which QEMU there is is found at run time. So what
+//! to run is in a file, and the unit's command is this executable, which becomes the program: the process id stays. A
+//! unit's file, other than properties given to systemd-run, may have settings that an older systemd does not know, can be
+//! changed by an administrator, and is there to be read.
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::launch::{Launch, UNIT_DIRECTORIES, environment};
+use super::{Host, Process};
+use crate::error::{Error, Result};
+use crate::record::{self, Durability, Record};
+use crate::smapi::{LevelFilter, start_log};
+
+/// The argument by which an executable becomes the program of a service; the unit's name follows.
+pub const ENTRY: &str = "service";
+
+/// Where systemctl may be.
+const SYSTEMCTL: [&str; 2] = ["/usr/bin/systemctl", "/bin/systemctl"];
+
+/// The file in a launch's directory that says what to run.
+const ORDER: &str = "order.json";
+/// The file that says which process it is.
+const STARTED: &str = "started.json";
+/// The symlink to the SR that the program writes to. The units have it in BindPaths, where systemd follows it.
+const SR: &str = "sr";
+
+/// What a service's process is to become.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Order {
+    format: u64,
+    program: PathBuf,
+    arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+    log: PathBuf,
+}
+
+impl Record for Order {
+    const FORMAT: u64 = 1;
+}
+
+/// The process of a service.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Started {
+    format: u64,
+    process: Process,
+}
+
+impl Record for Started {
+    const FORMAT: u64 = 1;
+}
+
+/// Tells whether a unit's name, as `<template>@<instance>`, has a template that is installed.
+pub(super) fn has_template(unit: &str) -> bool {
+    let Some((template, _)) = unit.split_once('@') else { return false };
+    let file = format!("{template}@.service");
+    UNIT_DIRECTORIES.iter().any(|directory| Path::new(directory).join(&file).is_file())
+}
+
+/// Starts a program as the service `<unit>.service`, and names its process. One of that name that still runs is
+/// stopped: the caller knows of none. With `sr` the program may write to that directory.
+///
+/// # Errors
+///
+/// [`Error::Timeout`] when systemd does not answer; else the service does not start.
+pub(super) fn start(host: &Host, launch: &Launch<'_>, sr: Option<&Path>) -> Result<Process> {
+    let service = format!("{}.service", launch.unit);
+    let directory = directory(host, &service);
+    let started = prepare(host, launch, &directory, sr).and_then(|()| {
+        systemctl(&service, host.settings()?.qmp())?;
+        let started: Started = record::read(&directory.join(STARTED))?;
+        Ok(started.process)
+    });
+    // Who is late finds no order, and does not become anything.
+    if let Err(error) = fs::remove_dir_all(&directory) {
+        tracing::warn!(%error, directory = %directory.display(), "what a service was started by is left");
+    }
+    started
+}
+
+/// Gives the directory of a service's start.
+fn directory(host: &Host, service: &str) -> PathBuf {
+    host.runtime_dir().join("launch").join(service)
+}
+
+/// Writes down what the service is to be.
+fn prepare(host: &Host, launch: &Launch<'_>, directory: &Path, sr: Option<&Path>) -> Result<()> {
+    if directory.exists() {
+        fs::remove_dir_all(directory).map_err(Error::on("removing", directory))?;
+    }
+    host.make_runtime_dir(directory)?;
+    let text = |word: &OsString| {
+        word.to_str().map(str::to_owned).ok_or_else(|| Error::Internal(format!("{word:?} is not UTF-8")))
+    };
+    let order = Order {
+        format: Order::FORMAT,
+        program: launch.program.to_owned(),
+        arguments: launch.arguments.iter().map(text).collect::<Result<_>>()?,
+        environment: environment(host)
+            .into_iter()
+            .map(|(name, value)| Ok((name.to_owned(), text(&value)?)))
+            .collect::<Result<_>>()?,
+        log: launch.log.to_owned(),
+    };
+    if let Some(sr) = sr {
+        let link = directory.join(SR);
+        symlink(sr, &link).map_err(Error::on("making", &link))?;
+    }
+    record::write(&directory.join(ORDER), &order, Durability::UntilReboot)
+}
+
+/// Has systemd start a service, and waits until its process is about to become the program.
+fn systemctl(service: &str, patience: Duration) -> Result<()> {
+    let doing = || format!("starting {service}");
+    let program = SYSTEMCTL.into_iter().find(|path| Path::new(path).is_file());
+    let program =
+        program.ok_or_else(|| Error::Qemu { doing: doing(), reason: "there is no systemctl".to_owned() })?;
+    // Not `start`, which does nothing while systemd has not noticed yet that an earlier one has ended.
+    let mut child = Command::new(program)
+        .args(["--no-ask-password", "restart", service])
+        .env_clear()
+        .env("LC_ALL", "C")
+        .env("PATH", "/usr/bin:/bin")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| Error::io(doing(), error))?;
+    let deadline = Instant::now() + patience;
+    let mut pause = Duration::from_millis(1);
+    let status = loop {
+        if let Some(status) = child.try_wait().map_err(|error| Error::io(doing(), error))? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            drop(child.kill());
+            drop(child.wait());
+            return Err(Error::Timeout { doing: doing(), seconds: patience.as_secs() });
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(10));
+    };
+    if status.success() {
+        return Ok(());
+    }
+    let mut said = String::new();
+    // It says a few lines, which a pipe holds.
+    drop(child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said)));
+    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    Err(Error::Qemu { doing: doing(), reason: if said.is_empty() { status.to_string() } else { said } })
+}
+
+/// Becomes the program of the service `<unit>.service`. It returns only when that fails; what went wrong is in the
+/// journal, or, when the program itself cannot be run, in its log.
+pub fn main(host: &Host, service: &str) -> ExitCode {
+    start_log(LevelFilter::INFO);
+    let Err(error) = become_program(host, service);
+    tracing::error!(service, error = error.chain(), "the service does not start");
+    ExitCode::FAILURE
+}
+
+fn become_program(host: &Host, service: &str) -> Result<std::convert::Infallible> {
+    let directory = directory(host, service);
+    let order: Order = record::read(&directory.join(ORDER))?;
+    let log = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&order.log);
+    let log = log.map_err(Error::on("opening", &order.log))?;
+    let second = log.try_clone().map_err(Error::on("opening", &order.log))?;
+    let started = Started { format: Started::FORMAT, process: Process::current(host)? };
+    record::write(&directory.join(STARTED), &started, Durability::UntilReboot)?;
+    notify()?;
+    let mut command = Command::new(&order.program);
+    command.args(&order.arguments).env_clear().envs(order.environment).current_dir("/");
+    // From here on standard error is the log: who is told that it starts, and sees that it has ended, reads that.
+    let error = command.stdin(Stdio::null()).stdout(log).stderr(second).exec();
+    Err(Error::io(format!("starting {}", order.program.display()), error))
+}
+
+/// Tells systemd that the service has started (sd_notify(3)).
+fn notify() -> Result<()> {
+    let telling = |error| Error::io("telling systemd that the service has started", error);
+    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let datagram = UnixDatagram::unbound().map_err(telling)?;
+    datagram.send_to(b"READY=1", socket).map(drop).map_err(telling)
+}
