@@ -67,7 +67,8 @@ fn mount(file: &Path) -> Result<File> {
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
     let failed = |doing: &str, error: rustix::io::Errno| Error::io(doing, error.into());
     unshared.map_err(|error| failed("taking a mount namespace", error))?;
-    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+    // What is mounted here stays here; what others unmount is unmounted here too, and not kept busy.
+    rustix::mount::mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .map_err(|error| failed("keeping mounts to itself", error))?;
     // A regular file for root alone, as everything of it that the kernel asks for.
     let options = format!("fd={},rootmode=100600,user_id=0,group_id=0\0", fuse.as_raw_fd());

@@ -164,8 +164,9 @@ fn the_path_is_known_at_attach_and_there_from_activate_to_deactivate() {
             let size = rustix::fs::seek(devices.open(), rustix::fs::SeekFrom::End(0)).unwrap();
             assert_eq!(size, SIZE);
         }
-        let file = device::file(&scene.directory_of_volume());
-        assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
+        let is_for_root_alone = |path: &Path, mode| fs::metadata(path).unwrap().permissions().mode() & 0o777 == mode;
+        assert!(is_for_root_alone(&device::file(&scene.directory_of_volume()), 0o600));
+        assert!(is_for_root_alone(path.parent().unwrap(), 0o700));
         for _ in 0..2 {
             scene.call("Datapath.deactivate", "7");
             devices.assert_no_device();
@@ -411,6 +412,41 @@ fn calls_that_are_killed_anywhere_leave_nothing_that_the_next_does_not_find() {
         }
         devices.assert_no_device();
         scene.assert_nothing_left();
+    }
+}
+
+#[test]
+fn what_is_unmounted_elsewhere_is_not_kept_busy() {
+    let devices = Devices::new();
+    // As where systemd runs, where every mount is shared with those of other namespaces.
+    let shared = Tmpfs::new(&devices.scene.host.root().join("shared"));
+    run(Command::new("mount").arg("--make-shared").arg(&shared.0));
+    let other = Tmpfs::new(&shared.0.join("other"));
+    let path = other.0.to_str().unwrap().to_owned();
+    devices.scene.call("Datapath.activate", "7");
+    let server = devices.pid(device::ENTRY).as_raw_nonzero();
+    let seen = || fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap().contains(&path);
+    assert!(seen());
+    drop(other);
+    assert!(!seen());
+    drop(shared);
+    devices.end();
+}
+
+/// A file system in memory, unmounted when this is dropped.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn new(path: &Path) -> Self {
+        fs::create_dir(path).unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(path));
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
     }
 }
 

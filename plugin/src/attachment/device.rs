@@ -69,7 +69,9 @@ impl Attachment {
         if let Some(device) = &mut self.state.device {
             device.number = Some(number);
         }
-        link(&device::path(&self.host, self.state.volume), &number.path())?;
+        let path = device::path(&self.host, self.state.volume);
+        self.host.make_runtime_dir(path.parent().unwrap_or(&path))?;
+        link(&path, &number.path())?;
         self.save()
     }
 
@@ -241,8 +243,6 @@ fn bounded<T: Send + 'static>(
 
 /// Makes a symlink, in place of what is there.
 fn link(path: &Path, target: &Path) -> Result<()> {
-    let directory = path.parent().unwrap_or(path);
-    fs::create_dir_all(directory).map_err(Error::on("making directory", directory))?;
     let new = new_name(path);
     unlink(&new)?;
     std::os::unix::fs::symlink(target, &new).map_err(Error::on("making", &new))?;

@@ -15,14 +15,14 @@ use crate::id::VolumeKey;
 /// What gives out loop devices.
 pub(super) const CONTROL: &str = "/dev/loop-control";
 
-const GET_FREE: libc::c_ulong = 0x4C82;
-const CONFIGURE: libc::c_ulong = 0x4C0A;
-const CLEAR: libc::c_ulong = 0x4C01;
-const SET_STATUS: libc::c_ulong = 0x4C04;
-const GET_STATUS: libc::c_ulong = 0x4C05;
-const SET_FILE: libc::c_ulong = 0x4C00;
-const SET_DIRECT_IO: libc::c_ulong = 0x4C08;
-const WRITE_BACK: libc::c_ulong = 0x1261; // BLKFLSBUF
+const GET_FREE: libc::Ioctl = 0x4C82;
+const CONFIGURE: libc::Ioctl = 0x4C0A;
+const CLEAR: libc::Ioctl = 0x4C01;
+const SET_STATUS: libc::Ioctl = 0x4C04;
+const GET_STATUS: libc::Ioctl = 0x4C05;
+const SET_FILE: libc::Ioctl = 0x4C00;
+const SET_DIRECT_IO: libc::Ioctl = 0x4C08;
+const WRITE_BACK: libc::Ioctl = 0x1261; // BLKFLSBUF
 
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
