@@ -14,7 +14,7 @@ pub struct Commands {
 }
 
 /// What a command begins with; anything else in a block is output, a path, or a form.
-const PROGRAMS: [&str; 16] = [
+const PROGRAMS: [&str; 18] = [
     "cargo",
     "cat",
     "cd",
@@ -23,10 +23,12 @@ const PROGRAMS: [&str; 16] = [
     "fake-xapi",
     "find",
     "flock",
+    "journalctl",
     "make",
     "packaging/",
     "printf",
     "rpm",
+    "systemctl",
     "xapi-storage-qcow2",
     "xe",
     "xe-toolstack-restart",

@@ -36,6 +36,16 @@ case ${0##*/} in
         version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$TOP/Cargo.toml")
         [ "$*" = "-Uvh xapi-storage-qcow2-$version-1.x86_64.rpm" ] || fail "not the package: $*" ;;
     xe-toolstack-restart) [ $# -eq 0 ] || fail "takes nothing" ;;
+    systemctl | journalctl)
+        for word in "$@"; do
+            case $word in
+                list-units | -u | -f | -t | xapi-storage-qcow2 | QCOW2_*=*) ;;
+                xapi-storage-qcow2-*)
+                    ls "$TOP/packaging/systemd/${word%%@*}"* >/dev/null 2>&1 || [ "$word" = 'xapi-storage-qcow2-*' ] \
+                        || fail "no unit $word" ;;
+                *) fail "what is $word?" ;;
+            esac
+        done ;;
     fake-xapi)
         help=$(fake-xapi.real "$1" --help)
         for word in "$@"; do
@@ -72,8 +82,8 @@ impl World {
                 .unwrap();
         }
         symlink(top().join("tests/tests/manual/xe.py"), world.at("bin/xe")).unwrap();
-        let stand_ins =
-            ["make", "cargo", "rpm", "xe-toolstack-restart", "fake-xapi"].map(|name| format!("bin/{name}"));
+        let stand_ins = ["make", "cargo", "rpm", "systemctl", "journalctl", "xe-toolstack-restart", "fake-xapi"]
+            .map(|name| format!("bin/{name}"));
         let scripts = std::fs::read_dir(top().join("packaging")).unwrap().map(|entry| entry.unwrap().file_name());
         let scripts = scripts.map(|name| format!("w/packaging/{}", name.to_str().unwrap()));
         for name in stand_ins.into_iter().chain(scripts.filter(|name| name.ends_with(".sh") || name.ends_with(".py")))
@@ -168,6 +178,8 @@ fn a_command_that_is_wrong_is_noticed() {
         "cargo test -p fake-xapi --test nonsense",
         "rpm -Uvh xapi-storage-qcow2-9.9.9-1.x86_64.rpm",
         "fake-xapi demo --nonsense",
+        "systemctl list-units 'xapi-storage-qcow2-nonsense@*'",
+        "journalctl -u nonsense",
         "packaging/dependencies.sh nonsense",
         "xapi-storage-qcow2 tree /mnt/nonsense",
         "xe sr-create type=qcow2 device-config:uri=file:///mnt/fast",
