@@ -46,6 +46,8 @@ pub struct Ledger {
     seed: u64,
     flushes: bool,
     blocks: Vec<Vec<Entry>>,
+    /// Whether nothing is forgotten.
+    keeps: bool,
     begun: u64,
     acknowledged: u64,
     /// Commands up to this how-manieth acknowledged one are covered by a flush.
@@ -73,7 +75,7 @@ impl Ledger {
     /// A guest that has written nothing; without flushes what is older than an acknowledged command is forgotten at once.
     pub(super) fn new(region: Extent, seed: u64, flushes: bool) -> Self {
         let blocks = vec![Vec::new(); (region.length / BLOCK) as usize];
-        Self { region, seed, flushes, blocks, begun: 0, acknowledged: 0, flushed: 0 }
+        Self { region, seed, flushes, blocks, keeps: false, begun: 0, acknowledged: 0, flushed: 0 }
     }
 
     /// The memory of a guest of blank disk: it knows of every block of the region that it is zero.
@@ -89,7 +91,13 @@ impl Ledger {
         self.blocks.resize((length / BLOCK) as usize, vec![Entry::known(Mark::Zeroes)]);
     }
 
-    /// What a snapshot holds that was taken when a guest remembered no less than `before` and no more than `after`.
+    /// Has everything remembered from now on, or no more than is needed to judge the disk.
+    pub(super) fn keep(&mut self, keeps: bool) {
+        self.keeps = keeps;
+    }
+
+    /// What a snapshot holds that was taken when a guest remembered no less than `before` and no more than `after`, and
+    /// forgot nothing in between.
     pub fn between(before: &Self, after: &Self) -> Self {
         let mut blocks = before.blocks.clone();
         for (entries, later) in blocks.iter_mut().zip(&after.blocks) {
@@ -100,7 +108,7 @@ impl Ledger {
                 *entry = Entry { order: 0, acknowledged: (index == 0 && base.is_some()).then_some(0), ..*entry };
             }
         }
-        Self { blocks, begun: 0, acknowledged: 0, flushed: 0, ..before.clone() }
+        Self { blocks, keeps: false, begun: 0, acknowledged: 0, flushed: 0, ..before.clone() }
     }
 
     /// Notes what a block holds that nobody writes to any more: it may hold nothing else from now on.
@@ -147,7 +155,9 @@ impl Ledger {
     pub(super) fn begin(&mut self, block: usize, mark: Mark) {
         let flushed = if self.flushes { self.flushed } else { u64::MAX };
         let entries = &mut self.blocks[block];
-        if let Some(base) = base(entries, flushed) {
+        if !self.keeps
+            && let Some(base) = base(entries, flushed)
+        {
             entries.drain(..base);
         }
         self.begun += 1;
@@ -296,10 +306,12 @@ mod tests {
         let mut guest = Ledger::blank(Extent { offset: 8192, length: BLOCK }, 1);
         guest.begin(0, Mark::Record(1));
         guest.acknowledge(0);
+        guest.keep(true);
         let before = guest.clone();
         for number in [2, 3] {
             guest.begin(0, Mark::Record(number));
             guest.acknowledge(0);
+            guest.flushed(guest.coverage());
         }
         let mut snapshot = Ledger::between(&before, &guest);
         guest.begin(0, Mark::Record(4));

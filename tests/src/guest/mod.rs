@@ -120,6 +120,17 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Gives a copy of what it remembers; it forgets nothing from now on, until [`Guest::after_snapshot`].
+    pub fn before_snapshot(&self) -> Ledger {
+        self.shared.ledger_that_keeps(true)
+    }
+
+    /// Gives a copy of what it remembers, with all since [`Guest::before_snapshot`]: what a snapshot that was taken between
+    /// the two holds is [`Ledger::between`] them.
+    pub fn after_snapshot(&self) -> Ledger {
+        self.shared.ledger_that_keeps(false)
+    }
+
     /// The disk was closed in an orderly way: all that was acknowledged is durable.
     pub fn closed(&mut self) {
         self.shared.closed();

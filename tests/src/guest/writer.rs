@@ -115,6 +115,13 @@ impl Shared {
         self.lock().ledger.clone()
     }
 
+    /// Gives a copy of the ledger, which from now on forgets nothing, or again what is not needed.
+    pub(super) fn ledger_that_keeps(&self, keeps: bool) -> Ledger {
+        let ledger = &mut self.lock().ledger;
+        ledger.keep(keeps);
+        ledger.clone()
+    }
+
     pub(super) fn account(&self) -> Account {
         let memory = self.lock();
         let running = memory.started.map(|started| started.elapsed()).unwrap_or_default();

@@ -108,6 +108,16 @@ impl Disks {
         self.disks.lock().await.iter().map(|disk| disk.guest.ledger()).collect()
     }
 
+    /// What the guests remember before a snapshot.
+    pub async fn before_snapshot(&self) -> Vec<Ledger> {
+        self.disks.lock().await.iter().map(|disk| disk.guest.before_snapshot()).collect()
+    }
+
+    /// What they remember after it.
+    pub async fn after_snapshot(&self) -> Vec<Ledger> {
+        self.disks.lock().await.iter().map(|disk| disk.guest.after_snapshot()).collect()
+    }
+
     /// The disks hold something else by now.
     pub async fn become_like(&self, ledgers: &[Ledger]) -> Result<()> {
         for (disk, ledger) in self.disks.lock().await.iter_mut().zip(ledgers) {

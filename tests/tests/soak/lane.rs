@@ -227,9 +227,9 @@ impl Lane {
             self.halt().await?;
         }
         let broken = self.perhaps_a_break();
-        let before = self.disks.ledgers().await;
+        let before = self.disks.before_snapshot().await;
         let result = self.site.xapi.vm_snapshot(self.vm, &name).await;
-        let after = self.disks.ledgers().await;
+        let after = self.disks.after_snapshot().await;
         self.breaks_no_more();
         match result {
             Ok(_) => {
