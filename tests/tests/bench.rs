@@ -10,7 +10,7 @@ use fake_xapi::bench::well_formed;
 use serde_json::Value;
 
 /// Every row of what is to be reached.
-const WITH_BARS: [&str; 23] = [
+const WITH_BARS: [&str; 24] = [
     "activate",
     "base-physical",
     "base-time",
@@ -23,6 +23,7 @@ const WITH_BARS: [&str; 23] = [
     "ext4",
     "memory-datapath",
     "memory-volume",
+    "merge",
     "mirror",
     "relay",
     "scan",

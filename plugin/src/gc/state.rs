@@ -8,6 +8,9 @@ use crate::id::{NodeId, SrUuid, TreeId};
 use crate::record::{self, Durability, Record};
 use crate::store::Sr;
 
+/// How it begins to say what it does when it merges nodes.
+pub(super) const MERGING: &str = "merging nodes ";
+
 /// The record of a worker, `<run>/gc/<sr>.json`. Written by the worker alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -82,6 +85,11 @@ impl State {
     /// When it cannot be removed.
     pub fn remove(host: &Host, sr: SrUuid) -> Result<()> {
         record::remove(&host.gc_dir(sr).with_extension("json"))
+    }
+
+    /// Gives which nodes are being merged, and how far that is.
+    pub fn merging(&self, host: &Host) -> Option<&str> {
+        self.doing.as_deref().filter(|doing| doing.starts_with(MERGING) && self.worker.is_alive(host))
     }
 
     /// Gives what was left undone and still is: another host may have done it since.

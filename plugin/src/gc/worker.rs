@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::state::{State, Undone};
+use super::state::{MERGING, State, Undone};
 use super::{NEXT, WORKING};
 use crate::error::{Error, Result};
 use crate::host::Host;
@@ -12,8 +12,8 @@ use crate::id::{NodeId, TreeId};
 use crate::lock::FileLock;
 use crate::qemu::block_on;
 use crate::qemu::merge::{self, Copied};
-use crate::store::Sr;
 use crate::store::coalesce::{Ended, Merging, Next, Tried};
+use crate::store::{Merge, Sr};
 
 /// How often a worker that waits for the one before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_secs(1);
@@ -144,7 +144,8 @@ impl Worker<'_> {
     /// Copies what is to be copied, without any lock but the merge's own, and makes the two nodes one.
     fn merge(&mut self, merging: Merging) -> Result<Ended> {
         let open = merging.live.map_or_else(String::new, |live| format!(", open for volume {}", live.volume));
-        let what = format!("merging {:?}{open}", merging.merge);
+        let Merge { lower, upper, direction } = merging.merge;
+        let what = format!("{MERGING}{lower} and {upper}, {direction:?}{open}");
         tracing::info!(what, bytes = merging.bytes, "begins");
         self.tell(Some(what.clone()));
         let speed = self.host.settings()?.gc_live_mib.max(1) << 20;

@@ -31,6 +31,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -403,9 +404,14 @@ impl LockedTree {
         tried: &mut Tried,
     ) -> Result<Option<String>> {
         let here = format!("volume {volume} is active on this host");
-        if self.cheapest(lower, upper)?.is_none() {
-            return Ok(Some(KEPT_APART.to_owned()));
+        let hides = |bytes: u64| format!("{here}: the {bytes} bytes that it hides are merged when it is closed");
+        // What its daemon knows is not in the tables yet, but what was written is in the file.
+        let path = node_path(&self.directory, upper);
+        let taken = fs::metadata(&path).map_err(Error::on("reading the state of", &path))?.blocks() * 512;
+        if taken < WORTH_AN_OVERLAY {
+            return Ok(Some(hides(taken)));
         }
+        self.flush_reader(host, volume)?;
         let (mut twice, mut all) = (0, 0);
         let size = self.tree.node(upper)?.virtual_size;
         walk(&self.tables(upper)?, &self.tables(lower)?, size, |_, above, below| {
@@ -414,7 +420,10 @@ impl LockedTree {
             Ok(())
         })?;
         if twice < WORTH_AN_OVERLAY || twice < all / WORTH_A_SHARE {
-            return Ok(Some(format!("{here}: the {twice} bytes that it hides are merged when it is closed")));
+            return Ok(Some(hides(twice)));
+        }
+        if self.cheapest(lower, upper)?.is_none() {
+            return Ok(Some(KEPT_APART.to_owned()));
         }
         let before = tried.frozen.entry(volume).or_default();
         if before.len() >= ROUNDS || before.last().is_some_and(|last| twice > last / 2) {

@@ -272,6 +272,22 @@ mod tests {
     }
 
     #[test]
+    fn a_header_names_another_backing_file_as_long_as_the_old_one_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, _) = overlay(dir.path());
+        let old = Header::read(&path).unwrap().backing.unwrap();
+        let new = "x".repeat(old.len());
+        rename_backing(&path, Some(&new)).unwrap();
+        assert_eq!(Header::read(&path).unwrap().check_backing(Some(&new)), Ok(()));
+        assert!(rename_backing(&path, Some("short")).is_err());
+        assert_eq!(crate::qemu::img::info(&path).unwrap().backing_filename, Some(new));
+        rename_backing(&path, None).unwrap();
+        assert_eq!(Header::read(&path).unwrap().backing, None);
+        assert_eq!(crate::qemu::img::info(&path).unwrap().backing_filename, None);
+        assert!(rename_backing(&path, Some("x")).is_err());
+    }
+
+    #[test]
     fn what_cannot_be_trusted_is_refused() {
         for (offset, patch, words) in [
             (0, &b"QFI\xfa"[..], "not a qcow2 file"),

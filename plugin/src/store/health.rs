@@ -63,9 +63,12 @@ pub fn stat(host: &Host, uuid: SrUuid) -> Result<SrStat> {
     }
 }
 
-/// Says what space cannot be brought back, and why.
+/// Says what space is being brought back, or cannot be, and why.
 fn space_left(host: &Host, sr: &Sr) -> Option<String> {
     let state = gc::State::load(host, sr.record.uuid).ok()??;
+    if let Some(doing) = state.merging(host) {
+        return Some(format!("space of deleted volumes is being brought back: {doing}"));
+    }
     let undone = state.still_undone(sr);
     let first = undone.first()?;
     let more = match undone.len() - 1 {

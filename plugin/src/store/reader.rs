@@ -126,6 +126,14 @@ impl LockedTree {
         Ok(if is_mirrored(host, volume)? { None } else { Some(held) })
     }
 
+    /// Sees that what a volume's guest has written is in its file's tables.
+    pub(super) fn flush_reader(&self, host: &Host, volume: VolumeKey) -> Result<()> {
+        match Attachment::lock_existing(host, volume)? {
+            Some(mut attachment) => block_on(attachment.flush_live()),
+            None => Ok(()),
+        }
+    }
+
     /// Makes a file longer that is about to take data while a volume has it open, and sees that the volume's daemon knows.
     pub(super) fn prepare_growth(&self, host: &Host, live: Live, node: NodeId, bytes: u64) -> Result<()> {
         let image = self.checked_image(node)?;

@@ -1,5 +1,6 @@
-//! The group of snapshots under a guest: the longest write around one.
+//! The group of snapshots under a guest: the longest write around one, and while what a deleted one leaves is merged.
 
+use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -22,9 +23,50 @@ const DISK: u64 = 1 << 30;
 
 pub(super) async fn measure(settings: &Settings, measured: &mut Measured) -> Result<()> {
     let stage = settings.stage(true).await?;
-    let result = with_guest(settings, &stage, measured).await;
+    let snapshots = with_guest(settings, &stage, measured).await;
+    let result = match snapshots {
+        Ok(()) => merging(settings, &stage, measured).await,
+        failed => failed,
+    };
     stage.close().await;
     result
+}
+
+/// Measures the longest write while the nodes of a snapshot that was destroyed are merged.
+async fn merging(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Result<()> {
+    let (host, sr, scale) = (&stage.source, &stage.source_sr, &settings.scale);
+    let volume = call::create(host, sr, DISK).await?;
+    let uri = call::plug(host, &volume, "8").await?;
+    call::write(&uri, [(0, scale.guest)], 1).await?;
+    let mut guest = Guest::start(&uri, scale.guest).await?;
+    let script = std::fs::canonicalize(call::directory(host, "Volume.destroy")?.join("Volume.destroy"))?;
+    let arguments: [&OsStr; 2] = ["gc".as_ref(), sr.0.as_ref()];
+    let (mut during, mut without, mut took) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..scale.snapshots.div_ceil(4) {
+        let snapshot = call::snapshot(host, sr, &volume).await?;
+        // What is written to its overlay is what there is to merge.
+        without.push(guest.longest_in(scale.window, async || Ok(())).await?);
+        call::destroy(host, sr, &snapshot).await?;
+        let merge = async || {
+            took.push(call::program(host, &script, &arguments).await?);
+            Ok(())
+        };
+        during.push(guest.longest_in(scale.window, merge).await?);
+    }
+    let (count, median) = guest.stop().await?;
+    call::unplug(host, &volume, "8").await?;
+    let took = super::Samples(took).median();
+    let note = format!(
+        "{count} writes of 4 KiB at queue depth 1, half of them in {:.2} ms; half of the merges took {took:.1} s",
+        median * 1e3
+    );
+    measured.add(
+        Figure::new("merge", "the longest write while nodes are merged", Unit::Seconds, during)
+            .against("the same time without", without)
+            .bar(Bar::More(0.050))
+            .note(note),
+    );
+    Ok(())
 }
 
 async fn with_guest(settings: &Settings, stage: &Stage, measured: &mut Measured) -> Result<()> {

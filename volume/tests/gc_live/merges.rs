@@ -78,9 +78,13 @@ fn a_merge_is_taken_up_again_after_a_snapshot_in_the_middle() {
     let (mut scene, snapshots) = Scene::new(&[MUCH, &["write -P 6 0 4M"], &[]]);
     scene.start();
     scene.set_speed(1);
+    let doomed = scene.tree().volumes[&snapshots[0].parse().unwrap()].node;
     scene.bench.destroy(&snapshots[0]);
     let (worker, begun) = scene.merging();
     assert!(begun);
+    let health = scene.bench.call("SR.stat", serde_json::json!({}))["health"][1].clone();
+    let words = [format!("being brought back: merging nodes {doomed}"), format!("open for volume {}", scene.volume)];
+    assert!(words.iter().all(|word| health.as_str().unwrap().contains(word)), "{health}");
     let began = std::time::Instant::now();
     let snapshot = scene.bench.snapshot(&scene.volume);
     let took = began.elapsed();
