@@ -54,7 +54,8 @@ fn begun(way: Way) -> Scene {
     scene
 }
 
-fn kill_daemon(scene: &Scene) {
+fn kill_daemon(scene: &mut Scene) {
+    scene.died = true;
     let daemon = Pid::from_raw(scene.daemon()).unwrap();
     let _ = kill_process(daemon, Signal::KILL);
     scene.wait_for_end(daemon.as_raw_nonzero().get());
@@ -78,7 +79,7 @@ fn killed_at(way: Way, call: &str, n: u32, and_daemon: bool) -> bool {
     };
     let was_killed = !child.wait().unwrap().success();
     if and_daemon {
-        kill_daemon(&scene);
+        kill_daemon(&mut scene);
         let account = scene.guest.take().unwrap().bereft();
         // Whoever comes next finishes what was begun, and the guest starts again.
         scene.activate();
@@ -99,7 +100,7 @@ fn killed_at(way: Way, call: &str, n: u32, and_daemon: bool) -> bool {
     scene.gc();
     let left = if way == Way::Written { 1 } else { 2 };
     assert_eq!(scene.nodes(), left, "{way:?} {call} {n}");
-    scene.bench.check();
+    scene.check();
     was_killed
 }
 
@@ -141,7 +142,7 @@ fn a_daemon_that_dies_in_the_middle_of_a_merge_has_lost_nothing_that_was_flushed
         scene.set_speed(1);
         let (worker, begun) = scene.merging();
         assert!(begun);
-        kill_daemon(&scene);
+        kill_daemon(&mut scene);
         let account = scene.guest.take().unwrap().bereft();
         scene.activate();
         let found = content(&scene.bench.node_file(&scene.volume));
@@ -154,6 +155,6 @@ fn a_daemon_that_dies_in_the_middle_of_a_merge_has_lost_nothing_that_was_flushed
         scene.release();
         assert!(content(&scene.bench.node_file(&scene.volume)) == found);
         assert_eq!(scene.bench.tree(&scene.volume).get("intent"), None::<&Value>);
-        scene.bench.check();
+        scene.check();
     }
 }

@@ -30,6 +30,8 @@ pub struct Scene {
     pub volume: String,
     pub guest: Option<Guest>,
     uri: VolumeUri,
+    /// Whether its daemon was killed, which leaves clusters unused in what it wrote to.
+    pub died: bool,
 }
 
 impl Scene {
@@ -42,7 +44,7 @@ impl Scene {
         let volume = bench.create(SIZE);
         let mut snapshots = Vec::new();
         let uri = format!("qsd://{}/{volume}", bench.sr).parse().unwrap();
-        let scene = Self { bench, volume, guest: None, uri };
+        let scene = Self { bench, volume, guest: None, uri, died: false };
         for (index, commands) in layers.iter().enumerate() {
             if index > 0 {
                 snapshots.push(scene.bench.snapshot(&scene.volume));
@@ -108,8 +110,18 @@ impl Scene {
         let account = self.stop();
         assert!(!account.lost);
         account.model.assert_holds(&content(&self.bench.node_file(&self.volume)), true);
-        self.bench.check();
+        self.check();
         account
+    }
+
+    /// Sees that everything is in order; nobody has anything open.
+    pub fn check(&self) {
+        if self.died {
+            let mut command = Command::new("qemu-img");
+            command.args(["check", "-q", "-r", "leaks", "-f", "qcow2"]).arg(self.bench.node_file(&self.volume));
+            assert!(command.status().unwrap().success());
+        }
+        self.bench.check();
     }
 
     /// Reads what the volume's daemon has open, from its record.
