@@ -9,6 +9,9 @@ use super::wire::{
 };
 use crate::error::{Error, Result};
 
+/// The protocol's errors, whose numbers are Linux's: EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN.
+const ERRORS: [i32; 8] = [1, 5, 12, 22, 28, 75, 95, 108];
+
 /// Chooses an export on a fresh connection: the next byte from the server is a reply to a request.
 ///
 /// # Errors
@@ -139,11 +142,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if magic != REPLY_MAGIC || cookie != self.cookie {
             return Err(protocol(doing, format!("a reply with magic {magic:#x}")));
         }
-        // The protocol's numbers are Linux's.
         match i32::try_from(number) {
             Ok(0) => Ok(()),
-            Ok(number) => Err(failed(std::io::Error::from_raw_os_error(number))),
-            Err(_) => Err(protocol(doing, format!("error {number}"))),
+            Ok(number) if ERRORS.contains(&number) => Err(failed(std::io::Error::from_raw_os_error(number))),
+            // Another one of Linux's would be taken for something that happened here.
+            _ => Err(protocol(doing, format!("error {number}"))),
         }
     }
 
@@ -204,6 +207,26 @@ mod tests {
         assert_eq!(said.len(), 4 + (16 + 4 + 1 + 2) + (16 + 1));
         let padded = [old, vec![0; PADDING]].concat();
         assert_eq!(chosen(1, &padded).await.0.unwrap(), Export { size: 4096, flags: 3 });
+    }
+
+    #[tokio::test]
+    async fn an_error_that_the_protocol_does_not_know_is_not_taken_for_one_of_this_host() {
+        for (number, code) in
+            [(28, "SR_BACKEND_FAILURE_44"), (30, "SR_BACKEND_FAILURE_200"), (u32::MAX, "SR_BACKEND_FAILURE_200")]
+        {
+            let mut info = vec![0, 0];
+            info.extend([0, 0, 0, 0, 0, 0, 16, 0, 0, 1]);
+            let mut said =
+                [&crate::nbd::wire::INIT_MAGIC.to_be_bytes()[..], &OPTION_MAGIC.to_be_bytes(), &[0, 3]].concat();
+            said.extend([reply(3, &info), reply(1, b"")].concat());
+            said.extend(REPLY_MAGIC.to_be_bytes());
+            said.extend(number.to_be_bytes());
+            said.extend(1_u64.to_be_bytes());
+            let stream = tokio::io::join(&said[..], tokio::io::sink());
+            let mut connection = Connection::open(stream, "e").await.unwrap();
+            let error = connection.write(0, &[1]).await.unwrap_err();
+            assert_eq!(error.code().0, code, "{error:?}");
+        }
     }
 
     #[tokio::test]
