@@ -41,6 +41,7 @@ suites:
 		$(CARGO) test --workspace --no-fail-fast --lib --bins --tests; \
 	fi
 	$(CARGO) test --workspace --doc
+	tests/older.sh
 
 # What takes too long for each change: every single call, 216 plans, and as many that were never tried before.
 sweep: dependencies-test ## Make every single script call of a migration fail, and migrate 432 random trees (long)

@@ -2,16 +2,18 @@
 # Installs what the demo or the tests need and this machine lacks, by apt or dnf.
 #
 #   packaging/dependencies.sh [run|demo|test|packages]
+#   packaging/dependencies.sh older
 #
 # What is there already, whatever its version, is left as it is. Nothing is asked. Where it cannot install, it says
-# what is missing and fails. `run` is what the plugins themselves need.
+# what is missing and fails. `run` is what the plugins themselves need. `older` installs nothing: it puts the programs of
+# Debian 12's QEMU 7.2 into target/qemu-7.2, to be tested beside those of this machine, and prints their directory.
 set -eu
 export LC_ALL=C
 PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$HOME/.cargo/bin
 
 # The oldest QEMU whose storage daemon does all that the plugins ask of it.
 qemu_major=7
-qemu_minor=2
+qemu_minor=0
 
 say() { printf 'dependencies: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -29,12 +31,39 @@ as_root() {
     fi
 }
 
+# Fetches QEMU 7.2 from Debian's archive, four megabytes, if it is not there already.
+older() {
+    directory=$(cd "$(dirname -- "$0")/.." && pwd)/target/qemu-7.2
+    if [ ! -x "$directory/usr/bin/qemu-storage-daemon" ]; then
+        { have apt-get && have dpkg-deb; } || die "this is no Debian machine: no QEMU 7.2"
+        new=$directory.new
+        rm -rf -- "$new"
+        mkdir -p -- "$new"
+        for package in qemu-system-common qemu-utils; do
+            # On a fresh machine there are no lists of packages yet, or old ones.
+            (cd "$new" && apt-get download "$package=1:7.2*" >&2) ||
+                { as_root apt-get update >&2 && (cd "$new" && apt-get download "$package=1:7.2*" >&2); } ||
+                die "Debian's archive has no $package 7.2 for this machine"
+            dpkg-deb --extract "$new/$package"_*.deb "$new"
+        done
+        rm -f -- "$new"/*.deb
+        rm -rf -- "$directory"
+        mv -- "$new" "$directory"
+    fi
+    echo "$directory/usr/bin"
+}
+
+if [ "${1-}" = older ]; then
+    older
+    exit
+fi
+
 case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     packages) programs='cc rpmbuild dpkg-deb readelf' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
     test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 fio rpm rpmbuild dpkg-deb readelf systemd-analyze chromium mandoc' ;;
-    *) die "usage: $0 [run|demo|test|packages]" ;;
+    *) die "usage: $0 [run|demo|test|packages|older]" ;;
 esac
 
 # Prints the programs that are missing.

@@ -6,7 +6,7 @@ use plugin::attachment::Attachment;
 use plugin::error::Result;
 use plugin::host::Host;
 use plugin::mirror::MirrorRecord;
-use plugin::qemu::find_program;
+use plugin::qemu::{find_program, storage_daemon};
 use serde::Deserialize;
 
 /// Nothing is asked.
@@ -21,9 +21,9 @@ pub struct Parameters {}
 /// None.
 pub fn execute(host: &Host, _: Parameters) -> Result<String> {
     let mut text = format!("xapi-storage-qcow2 {}\n", env!("CARGO_PKG_VERSION"));
-    for program in ["qemu-storage-daemon", "qemu-img"] {
-        line(&mut text, program, find_program(program).map(|path| path.display().to_string()));
-    }
+    let daemon = storage_daemon(host).map(|daemon| format!("{} {}", daemon.path.display(), daemon.version));
+    line(&mut text, "qemu-storage-daemon", daemon);
+    line(&mut text, "qemu-img", find_program("qemu-img").map(|path| path.display().to_string()));
     match Attachment::volumes(host) {
         Ok(volumes) => {
             for volume in volumes {

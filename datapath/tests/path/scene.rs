@@ -25,6 +25,16 @@ pub struct Scene {
     directory: TempDir,
 }
 
+/// Gives a host the programs that tests/older.sh says, where the plugins look first.
+fn older_qemu(root: &Path) {
+    if let Some(programs) = std::env::var_os("TESTED_QEMU") {
+        fs::create_dir_all(root.join("usr/libexec")).unwrap();
+        std::os::unix::fs::symlink(programs, root.join("usr/libexec/xapi-storage-qcow2")).unwrap();
+        let found = plugin::qemu::storage_daemon(&Host::at(root)).unwrap();
+        assert!(found.path.starts_with(root), "{found:?}");
+    }
+}
+
 /// Why a call failed.
 #[derive(Debug)]
 pub struct Failure {
@@ -40,6 +50,7 @@ impl Scene {
             fs::create_dir_all(root.join("etc")).unwrap();
             let inventory = format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4());
             fs::write(root.join("etc/xensource-inventory"), inventory).unwrap();
+            older_qemu(&root);
             // What is left running is counted.
             fs::write(root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#).unwrap();
             Host::at(root)

@@ -8,6 +8,7 @@ use tokio::net::UnixListener;
 
 use super::judge;
 use crate::error::Error;
+use crate::qemu::fuzzed::{FileIdentity, understand};
 use crate::qemu::qmp::Client;
 
 /// The commands that are sent, behind that for the use of the monitor.
@@ -16,6 +17,9 @@ const COMMANDS: [&str; 3] = ["one", "two", "three"];
 /// Says the input to a client: `@0` to `@3` in it are the ids of its commands, and where it has a zero byte the line is
 /// broken off for a moment.
 pub(super) fn run(input: &[u8]) {
+    if let Err(reason) = understand(input, FileIdentity::default()) {
+        assert!(!reason.is_empty() && reason.len() <= 2000, "{reason:.200}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let directory = tempfile::Builder::new().prefix("fx-fuzz-").tempdir().unwrap();

@@ -8,6 +8,7 @@ use crate::attachment::fuzzed as attachment;
 use crate::error::{Error, Result};
 use crate::gc;
 use crate::mirror::{Blocks, MirrorRecord, Session};
+use crate::qemu::fuzzed::Findings;
 use crate::record::{self, Record};
 use crate::store::fuzzed::{AttachedRecord, Changed, State};
 use crate::store::{SrRecord, Tree};
@@ -27,6 +28,7 @@ pub(super) fn run(input: &[u8]) {
         b'm' => drop(read(bytes).map(|mirror: MirrorRecord| mirror.progress.fraction())),
         b'b' => drop(read(bytes).map(|blocks: Blocks| blocks.bytes())),
         b'x' => drop(read::<Session>(bytes)),
+        b'p' => drop(read::<Findings>(bytes)),
         b'g' => drop(read::<gc::State>(bytes)),
         _ => {}
     }

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{NodeId, TreeId};
 use crate::lock::FileLock;
-use crate::qemu::block_on;
 use crate::qemu::merge::{self, Copied};
+use crate::qemu::{block_on, storage_daemon};
 use crate::store::coalesce::{Ended, Merging, Next, Tried};
 use crate::store::{Merge, Sr};
 
@@ -151,17 +151,16 @@ impl Worker<'_> {
         let speed = self.host.settings()?.gc_live_mib.max(1) << 20;
         let live = merging.live.map(|_| speed);
         let task = merge::Task { chain: &merging.chain, direction: merging.merge.direction, live };
-        let copied = block_on(merge::copy(
-            self.directory,
-            task,
-            merging.lock(),
-            |done, all| {
+        let directory = self.directory;
+        let copied = storage_daemon(self.host).and_then(|program| {
+            let progress = |done, all| {
                 if self.told.elapsed() >= TOLD {
                     self.tell(Some(format!("{what}: {done} of {all} bytes")));
                 }
-            },
-            || merging.is_to_stop(),
-        ));
+            };
+            let stop = || merging.is_to_stop();
+            block_on(merge::copy(&program.path, directory, task, merging.lock(), progress, stop))
+        });
         match copied.and_then(|copied| merging.look_over(copied)) {
             Ok(Copied::All) => merging.end(self.host, self.sr),
             // Whoever asked takes the marker out.

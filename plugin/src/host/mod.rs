@@ -31,6 +31,7 @@ pub const ROOT_VARIABLE: &str = "XAPI_STORAGE_QCOW2_ROOT";
 /// /etc/xapi-storage-qcow2.json     settings, all optional
 /// /dev/xapi-storage-qcow2/<volume>  a symlink to the volume's block device
 /// /run/xapi-storage-qcow2/
+///     programs.json                what was found out of QEMU's programs
 ///     srs/<sr uuid>.json           an attached SR: where it is
 ///     volumes/<volume uuid>/       a volume with a datapath: its daemon, sockets and state
 ///     mirrors/<mirror key>/        a mirror: its supervisor and state

@@ -21,7 +21,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::qmp::Client;
-use super::{graph, program};
+use super::{StorageDaemon, graph, storage_daemon};
 use crate::error::{Error, Result};
 use crate::host::{Host, Launch, Process, Settings};
 use crate::record;
@@ -80,14 +80,15 @@ impl Sockets {
 pub async fn spawn(host: &Host, directory: &Path, unit: &str, sr: Option<&Path>) -> Result<Process> {
     let settings = host.settings()?;
     kill_strays(host, directory, settings.qmp())?;
-    let program = program::find("qemu-storage-daemon")?;
+    let program = storage_daemon(host)?;
     let arguments = arguments(directory)?;
     let log = directory.join(LOG);
     let deadline = Instant::now() + settings.qmp();
     loop {
         remove_files(directory)?;
-        let process = Launch { unit, program: &program, arguments: &arguments, log: &log }.start_for(host, sr)?;
-        let (error, is_deaf) = match make_ready(host, &process, directory, &settings, deadline).await {
+        let process =
+            Launch { unit, program: &program.path, arguments: &arguments, log: &log }.start_for(host, sr)?;
+        let (error, is_deaf) = match make_ready(host, &process, directory, &program, &settings, deadline).await {
             Ok(()) => return Ok(process),
             Err(Startup::Deaf(error)) => (error, true),
             Err(Startup::Failed(error)) => (error, false),
@@ -177,6 +178,7 @@ async fn make_ready(
     host: &Host,
     process: &Process,
     directory: &Path,
+    program: &StorageDaemon,
     settings: &Settings,
     deadline: Instant,
 ) -> Result<(), Startup> {
@@ -197,11 +199,18 @@ async fn make_ready(
         Err(error) => return Err(Startup::Deaf(error)),
     };
     let address = json!({"type": "unix", "data": {"path": text(&sockets.nbd())?}});
-    let patient = json!({"addr": address, "handshake-max-seconds": settings.handshake_seconds});
+    let plain = json!({"addr": address});
+    let mut wanted = plain.clone();
+    // QEMU before 9.2 has no such bound.
+    if program.bounds_handshake {
+        wanted["handshake-max-seconds"] = settings.handshake_seconds.into();
+    }
     let start = |arguments| client.execute_within(settings.qmp(), "nbd-server-start", arguments);
-    match start(patient).await {
-        // QEMU before 9.2 has no such bound, and no such parameter.
-        Err(Error::Qmp { class, .. }) if class == "GenericError" => drop(start(json!({"addr": address})).await?),
+    match start(wanted).await {
+        // What a script starts may have been exchanged since it was asked.
+        Err(Error::Qmp { class, .. }) if class == "GenericError" && program.bounds_handshake => {
+            drop(start(plain).await?);
+        }
         // It has greeted again, and wants to be asked for its use again.
         Err(error @ (Error::Qmp { .. } | Error::Qemu { .. })) if process.is_alive(host) => {
             return Err(Startup::Deaf(error));

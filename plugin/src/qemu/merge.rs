@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::qmp::Client;
-use super::{Image, graph, program};
+use super::{Image, graph};
 use crate::error::{Error, Result};
 use crate::lock::FileLock;
 use crate::store::{Direction, Mode};
@@ -67,8 +67,8 @@ pub struct Task<'a> {
     pub live: Option<u64>,
 }
 
-/// Copies what the one of two images has to the other. The sockets are made in `directory`. The lock is held by whatever
-/// copies, as long as it lives.
+/// Copies what the one of two images has to the other, by the storage daemon's program. The sockets are made in
+/// `directory`. The lock is held by whatever copies, as long as it lives.
 ///
 /// `progress` is told the bytes done and to do, `stop` says whether to stop, and is asked all the time. Stopped or failed,
 /// the chain reads as before; done again, it goes on.
@@ -77,6 +77,7 @@ pub struct Task<'a> {
 ///
 /// [`Error::NoSpace`]; [`Error::Qmp`] when an image is in use; else what QEMU says.
 pub async fn copy(
+    program: &Path,
     directory: &Path,
     task: Task<'_>,
     lock: &FileLock,
@@ -85,7 +86,7 @@ pub async fn copy(
 ) -> Result<Copied> {
     let mut attempt = 1;
     loop {
-        let mut daemon = Daemon::start(directory, lock, task.live.is_some())?;
+        let mut daemon = Daemon::start(program, directory, lock, task.live.is_some())?;
         let asked = async {
             while !stop() {
                 sleep(LOOK).await;
@@ -258,13 +259,13 @@ impl Job {
 
 impl Daemon {
     /// Starts a daemon that nothing but this process uses.
-    fn start(directory: &Path, lock: &FileLock, is_live: bool) -> Result<Self> {
+    fn start(program: &Path, directory: &Path, lock: &FileLock, is_live: bool) -> Result<Self> {
         let log = log(directory);
         for path in [&socket(directory), &pid_file(directory)] {
             crate::record::remove(path)?;
         }
         let output = File::create(&log).map_err(Error::on("creating", &log))?;
-        let mut command = Command::new(program::find("qemu-storage-daemon")?);
+        let mut command = Command::new(program);
         command.arg("--chardev").arg(super::daemon::chardev("qmp", &socket(directory))?);
         command.args(["--monitor", "chardev=qmp,mode=control", "--pidfile"]).arg(pid_file(directory));
         command.current_dir("/").env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin");

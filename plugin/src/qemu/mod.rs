@@ -3,6 +3,8 @@
 //! ```text
 //!   attachment ──► daemon   one qemu-storage-daemon a volume: start, find again, stop
 //!        │
+//!        ├───────► discovery  which program that is, by what it can do
+//!        │
 //!        ├───────► graph    what the daemon has open: a chain of nodes under one export
 //!        │           │
 //!        │           ├─► devices   its nodes, as it describes them
@@ -18,12 +20,14 @@
 
 pub mod daemon;
 pub mod devices;
+mod discovery;
 pub mod exchange;
 pub mod graph;
 pub mod img;
 pub mod merge;
 mod program;
 pub mod qmp;
+mod schema;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -33,7 +37,14 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::id::NodeId;
+pub use discovery::{StorageDaemon, storage_daemon};
 pub use program::find as find_program;
+
+/// What is private and fuzzed ([`crate::fuzz`]).
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed {
+    pub(crate) use super::discovery::{FileIdentity, Findings, understand};
+}
 
 /// One qcow2 file of a chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

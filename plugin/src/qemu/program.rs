@@ -9,11 +9,21 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::host::Host;
 use crate::lock::FileLock;
 
-/// Where QEMU's programs are looked for; `$PATH` is the caller's and is not asked.
-const DIRECTORIES: [&str; 4] =
-    ["/usr/libexec/xapi-storage-qcow2", "/usr/local/bin", "/usr/bin", "/usr/lib64/qemu/bin"];
+/// Where QEMU's programs are looked for, in this order; `$PATH` is the caller's and is not asked.
+///
+/// The first is for an administrator's choice, the last that of XenServer's package qemu-dp, which has all of QEMU's tools
+/// there (xcp-ng-rpms/qemu-dp, `SPECS/qemu-dp.spec`: `--bindir`). The program that is called `qemu-dp` there is not one of
+/// them: it starts a device model for a domain.
+const DIRECTORIES: [&str; 5] = [
+    "/usr/libexec/xapi-storage-qcow2",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/usr/lib64/qemu/bin",
+    "/usr/lib64/qemu-dp/bin",
+];
 
 /// The most that is kept of what a program prints, in bytes.
 const OUTPUT_LIMIT: u64 = 256 << 20;
@@ -21,17 +31,30 @@ const OUTPUT_LIMIT: u64 = 256 << 20;
 /// How long a killed program may take to go.
 const KILL_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Finds one of QEMU's programs.
+/// Finds one of QEMU's programs that every version of it has.
 ///
 /// # Errors
 ///
 /// [`Error::Qemu`] when it is in none of the places where it may be.
 pub fn find(name: &str) -> Result<PathBuf> {
-    let places = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name));
-    places.into_iter().find(|path| path.is_file()).ok_or_else(|| Error::Qemu {
-        doing: format!("looking for {name}"),
-        reason: format!("it is in none of {}", DIRECTORIES.join(", ")),
-    })
+    let mut places = candidates(&Host::from_environment(), name);
+    places
+        .find(|path| path.is_file())
+        .ok_or_else(|| Error::Qemu { doing: format!("looking for {name}"), reason: nowhere() })
+}
+
+/// Gives the places where a program may be, in the order in which they are looked at. A host that is one of several on a
+/// machine may have programs of its own.
+pub(super) fn candidates(host: &Host, name: &str) -> impl Iterator<Item = PathBuf> + use<> {
+    let own = (host.root() != Path::new("/")).then(|| host.root().to_owned());
+    let roots = own.into_iter().chain([PathBuf::from("/")]);
+    let name = name.to_owned();
+    roots.flat_map(move |root| DIRECTORIES.map(|directory| root.join(directory.trim_start_matches('/')).join(&name)))
+}
+
+/// Says where a program is not.
+pub(super) fn nowhere() -> String {
+    format!("it is in none of {}", DIRECTORIES.join(", "))
 }
 
 /// What a program left behind.
@@ -71,11 +94,7 @@ pub(super) fn run_holding(
         None => Stdio::null(),
     };
     let deadline = Instant::now() + patience;
-    let mut child = command
-        .current_dir("/")
-        .env_clear()
-        .env("LC_ALL", "C")
-        .env("PATH", "/usr/bin:/bin")
+    let mut child = same_for_all(command)
         .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -93,12 +112,21 @@ pub(super) fn run_holding(
         }
         (_, _, Err(error)) => Err(Error::io(format!("waiting for {doing}"), error)),
         _ => {
-            // It may be stuck in the kernel, on a file system that does not answer: then it is left to its fate.
-            drop(child.kill());
-            drop(wait(&mut child, Instant::now() + KILL_PATIENCE));
+            end(&mut child);
             Err(Error::Timeout { doing: doing.to_owned(), seconds: patience.as_secs() })
         }
     }
+}
+
+/// Gives a program an environment that is the same whoever calls.
+pub(super) fn same_for_all(command: &mut Command) -> &mut Command {
+    command.current_dir("/").env_clear().env("LC_ALL", "C").env("PATH", "/usr/bin:/bin")
+}
+
+/// Kills a child. It may be stuck in the kernel, on a file system that does not answer: then it is left to its fate.
+pub(super) fn end(child: &mut Child) {
+    drop(child.kill());
+    drop(wait(child, Instant::now() + KILL_PATIENCE));
 }
 
 /// Says why a program failed, in its own words.
@@ -117,7 +145,7 @@ pub(super) fn failure(doing: &str, output: &Output) -> Error {
 }
 
 /// Reads a pipe to its end in a thread of its own.
-fn read_all(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<io::Result<Vec<u8>>> {
+pub(super) fn read_all(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<io::Result<Vec<u8>>> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -133,7 +161,7 @@ fn receive(receiver: Option<mpsc::Receiver<io::Result<Vec<u8>>>>, patience: Dura
 }
 
 /// Waits for a child that has closed its output, or was killed: it is about to end.
-fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
+pub(super) fn wait(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
     let mut pause = Duration::from_micros(100);
     loop {
         if let Some(status) = child.try_wait()? {

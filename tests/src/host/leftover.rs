@@ -9,8 +9,8 @@ pub struct Leftovers {
     pub processes: Vec<(u32, String)>,
     /// Sockets that are bound below the host's runtime directory.
     pub sockets: Vec<String>,
-    /// Files in the runtime directory. Not counted are the records of attached SRs, and those of what was sent in which
-    /// session of a destination: later mirrors are planned by them.
+    /// Files in the runtime directory. Not counted are the records of attached SRs, those of what was sent in which session
+    /// of a destination, by which later mirrors are planned, and what was found out of QEMU's programs.
     pub files: Vec<PathBuf>,
 }
 
@@ -38,6 +38,7 @@ pub(super) fn look(root: &Path, runtime: &Path) -> Leftovers {
     collect_files(runtime, &runtime.join("srs"), &mut files);
     files
         .retain(|path| path.parent() != Some(&runtime.join("sessions")) || path.extension() != Some("json".as_ref()));
+    files.retain(|path| *path != runtime.join("programs.json"));
     files.sort();
     Leftovers { processes: processes(root), sockets: sockets(runtime), files }
 }
