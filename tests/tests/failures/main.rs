@@ -7,6 +7,16 @@
 #![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test talks to people")]
 
 mod calls;
+#[path = "../steps/device.rs"]
+#[allow(dead_code, reason = "each suite uses a part of it")]
+mod device;
+mod disk;
+#[path = "../steps/faulty.rs"]
+#[allow(dead_code, reason = "each suite uses a part of it")]
+mod faulty;
+#[path = "../steps/place.rs"]
+#[allow(dead_code, reason = "each suite uses a part of it")]
+mod place;
 mod processes;
 mod promises;
 mod small;

@@ -11,8 +11,9 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::device::{self, Image};
+use super::device;
 use super::faulty::{Fault, Faulty};
+use super::image::Image;
 use super::operation::{Model, Operation};
 use super::site::{GC, Outcome};
 use super::world::World;
@@ -55,7 +56,7 @@ impl Case {
 
     /// Runs it, and tells whether the operation failed.
     fn run(&self, image: &Image) -> Result<bool> {
-        let mut disk = Faulty::mount(image)?;
+        let mut disk = Faulty::mount(image.copied()?)?;
         let path = disk.place().mounted().join("sr");
         let site = image.small.site.booted(disk.place().path(), path.clone())?;
         let mut world = World::booted(site, image.small.keys());
@@ -79,14 +80,13 @@ impl Case {
         // Nobody has a disk after that.
         let off = |model: &Model| Model { active: false, ..model.clone() };
         let (before, after) = (off(&before), off(&after));
-        let is_writable = std::fs::write(disk.place().mounted().join("probe"), "").is_ok();
+        let is_writable = disk.is_writable();
         if is_writable {
             world.leave(has_guest)?;
             self.settle(&mut world, &before, &after, *last, place, &outcome)?;
         }
         world.site.halt();
-        disk.place().unmount()?;
-        disk.place().mount(&disk.place().device())?;
+        disk.mount_again()?;
         let site = world.site.booted(disk.place().path(), path)?;
         let model = world.model.clone();
         let mut world = World::booted(site, world.keys());

@@ -4,7 +4,7 @@
 //!   ext4 ── loop device ── file <place>/device ── FUSE ── qemu-storage-daemon ── <place>/image
 //! ```
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,44 +12,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::log::{Cut, Log};
 use super::place::{Place, run};
-use super::site::Site;
-use super::world::World;
 
 /// How large the device is, in bytes.
 const SIZE: u64 = 64 << 20;
 
-/// A file system with the small SR, as a file that is not mounted.
-pub struct Image {
-    path: PathBuf,
-    pub small: World,
-    _place: Place,
+/// Makes an empty file system in a place, as the file `image`.
+pub fn make(place: &Place) -> Result<()> {
+    let path = image(place);
+    File::create(&path)?.set_len(SIZE)?;
+    run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0", "-b", "4096", "-J", "size=4"]).arg(&path))
 }
 
-impl Image {
-    /// Makes it.
-    pub fn small() -> Result<Self> {
-        let place = Place::new()?;
-        let path = place.path().join("image");
-        File::create(&path)?.set_len(SIZE)?;
-        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0", "-b", "4096", "-J", "size=4"]).arg(&path))?;
-        place.mount(&path)?;
-        let small = World::small(Site::create(place.path(), place.mounted().join("sr"))?)?;
-        small.site.call("SR.detach", &serde_json::json!({"dbg": "", "sr": small.site.sr}))?;
-        place.unmount()?;
-        Ok(Self { path, small, _place: place })
-    }
-
-    /// Makes the file system that is left of this one after what was recorded and a power cut, and mounts it.
-    pub fn after(&self, log: &Log, cut: Cut) -> Result<Place> {
-        let place = Place::new()?;
-        let path = place.path().join("image");
-        copy(&self.path, &path)?;
-        log.replay(cut, &OpenOptions::new().write(true).open(&path)?)?;
-        place.mount(&path)?;
-        Ok(place)
-    }
+/// Gives the file that a place's device shows.
+pub fn image(place: &Place) -> PathBuf {
+    place.path().join("image")
 }
 
 /// A mounted device.
@@ -60,15 +37,12 @@ pub struct Device {
 }
 
 impl Device {
-    /// Mounts a copy of an image. The daemon has the node `image`; `arguments` say what is above it, with
-    /// `top` at last.
-    pub fn mount(image: &Image, place: Place, arguments: &[String]) -> Result<Self> {
-        let at = place.path().join("image");
-        copy(&image.path, &at)?;
+    /// Mounts a place's image. The daemon has the node `image`; `arguments` say what is above it, with `top` at last.
+    pub fn mount(place: Place, arguments: &[String]) -> Result<Self> {
         File::create(place.device())?;
         let export = format!("type=fuse,id=e,node-name=top,writable=on,mountpoint={}", place.device().display());
         let mut daemon = Command::new("qemu-storage-daemon")
-            .args(["--blockdev", &format!("driver=file,node-name=image,filename={}", at.display())])
+            .args(["--blockdev", &format!("driver=file,node-name=image,filename={}", image(&place).display())])
             .args(arguments)
             .args(["--export", &export])
             .stdin(Stdio::null())
@@ -108,10 +82,6 @@ impl Drop for Reaped {
     fn drop(&mut self) {
         let _ = self.0.wait();
     }
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    run(Command::new("cp").arg("--sparse=always").args([from, to]))
 }
 
 /// Tells whether this process can make such devices, and says so where not.

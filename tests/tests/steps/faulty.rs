@@ -11,7 +11,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::device::{Device, Image};
+use super::device::Device;
 use super::place::Place;
 
 /// How many flushes fail.
@@ -59,14 +59,13 @@ pub struct Faulty {
 }
 
 impl Faulty {
-    /// Mounts a copy of an image.
-    pub fn mount(image: &Image) -> Result<Self> {
-        let place = Place::new()?;
+    /// Mounts a place's image.
+    pub fn mount(place: Place) -> Result<Self> {
         let socket = place.path().join("device.qmp");
         let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
         let top = "driver=raw,node-name=top,file=image";
         let arguments = ["--chardev", &chardev, "--monitor", "qmp", "--blockdev", top].map(str::to_owned);
-        let device = Device::mount(image, place, &arguments)?;
+        let device = Device::mount(place, &arguments)?;
         let stream = UnixStream::connect(&socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let mut faulty = Self { device, monitor: BufReader::new(stream) };
@@ -104,6 +103,17 @@ impl Faulty {
         }
         self.stand_on("image")?;
         self.command("blockdev-del", &json!({"node-name": "broken"}))
+    }
+
+    /// Tells whether the file system can still be written to; its journal may have given up.
+    pub fn is_writable(&self) -> bool {
+        fs::write(self.place().mounted().join("probe"), "").is_ok()
+    }
+
+    /// Unmounts the file system, which nobody uses any more, and mounts it again, as a boot does.
+    pub fn mount_again(&self) -> Result<()> {
+        self.place().unmount()?;
+        self.place().mount(&self.place().device())
     }
 
     fn ballast(&self) -> PathBuf {

@@ -9,6 +9,7 @@
 mod broken;
 mod device;
 mod faulty;
+mod image;
 mod log;
 mod operation;
 mod place;

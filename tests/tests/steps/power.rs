@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use fake_xapi::conformance::random::Random;
 
-use super::device::{self, Image};
+use super::device;
+use super::image::Image;
 use super::log::{Cut, Log, Unsynced};
 use super::operation::{Model, Operation};
 use super::recorder::Recorder;

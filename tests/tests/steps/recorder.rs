@@ -4,7 +4,8 @@ use std::fs::{self, File};
 
 use anyhow::Result;
 
-use super::device::{Device, Image};
+use super::device::Device;
+use super::image::Image;
 use super::log::Log;
 use super::place::Place;
 
@@ -14,13 +15,13 @@ pub struct Recorder(Device);
 impl Recorder {
     /// Mounts a copy of an image, and notes what is written from now on.
     pub fn start(image: &Image) -> Result<Self> {
-        let place = Place::new()?;
+        let place = image.copied()?;
         let log = place.path().join("log");
         File::create(&log)?;
         let file = format!("driver=file,node-name=log,filename={}", log.display());
         let noted = "driver=blklogwrites,node-name=top,file=image,log=log";
         let arguments = ["--blockdev", &file, "--blockdev", noted].map(str::to_owned);
-        Ok(Self(Device::mount(image, place, &arguments)?))
+        Ok(Self(Device::mount(place, &arguments)?))
     }
 
     /// Where the file system is.

@@ -499,7 +499,14 @@ impl World {
             trees.push(format!("{} of {sizes:?}", nodes.join(" ")));
         }
         trees.sort();
-        Ok(format!("{} {}", self.model.active, trees.join("; ")))
+        // A merge does other things where there is data.
+        let small = Model::small();
+        let is_other = |name: &str| {
+            let blocks = |model: &Model| model.volumes.get(name).map(|disk| disk.blocks.clone());
+            blocks(&self.model) != blocks(&small)
+        };
+        let changed: Vec<&str> = ["v", "s", "w"].into_iter().filter(|name| is_other(name)).collect();
+        Ok(format!("{} {} {changed:?}", self.model.active, trees.join("; ")))
     }
 }
 

@@ -22,7 +22,7 @@ use fake_xapi::smapiv2::{Sr, Vdi};
 use fake_xapi::sxm::{self, Failed, Flow, Migrated, Migration};
 
 pub use player::Player;
-pub use processes::{kill_daemon, kill_supervisors};
+pub use processes::{kill_all, kill_daemon, kill_supervisors};
 
 pub const FLOWS: [Flow; 3] = [Flow::Leaf, Flow::Tree, Flow::Base];
 
