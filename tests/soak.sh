@@ -1,7 +1,7 @@
 #!/bin/sh
 # Tries what is random with ever new seeds until its time is up: VMs to which everything happens at once, histories struck
 # at system calls, power cuts, broken disks, migrations, mirrors of differences, promises about contents, damage, what others
-# send. Ends at the first failure, with the command that repeats it. Each round also does one part of SOAK_SHARES (1000) of
+# send. Ends at the first failure, with the command that repeats it. Each round also does one part of SOAK_SHARES (300) of
 # every short history struck everywhere, the next one each time.
 #
 #   tests/soak.sh [minutes]       30 if not given; SOAK_SEED=<number> begins with another seed
@@ -10,7 +10,7 @@ cd "$(dirname -- "$0")/.."
 PATH=$PATH:$HOME/.cargo/bin
 minutes=${1-30}
 seed=${SOAK_SEED-$(date +%s)}
-shares=${SOAK_SHARES-1000}
+shares=${SOAK_SHARES-300}
 rounds=0
 
 # Runs one suite with a seed: the variables, then cargo's arguments.

@@ -59,7 +59,7 @@ impl Case {
         let mut disk = Faulty::mount(image.copied()?)?;
         let path = disk.place().mounted().join("sr");
         let site = image.small.site.booted(disk.place().path(), path.clone())?;
-        let mut world = World::booted(site, image.small.keys());
+        let mut world = World::booted(site, &image.small.keys);
         world.model = image.small.model.clone();
         let (last, history) = self.history.split_last().context("an empty history")?;
         for (place, operation) in history.iter().enumerate() {
@@ -89,7 +89,7 @@ impl Case {
         disk.mount_again()?;
         let site = world.site.booted(disk.place().path(), path)?;
         let model = world.model.clone();
-        let mut world = World::booted(site, world.keys());
+        let mut world = World::booted(site, &world.keys);
         if is_writable {
             ensure!(world.stands(&model, &model)?, "what was told is only in memory");
             world.model = model;

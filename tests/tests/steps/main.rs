@@ -1,7 +1,7 @@
 //! What becomes of the calls that change something when they are struck, and when the power goes.
 //!
-//! [`struck`] strikes calls at their system calls, [`power`] cuts the power; both judge what is left by
-//! [`world::World::end`].
+//! [`struck`] strikes calls at their system calls, [`power`] cuts the power, [`broken`] breaks the disk; all judge what is
+//! left by [`judge`].
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where it fails")]
 #![expect(clippy::print_stdout, reason = "a test talks to people")]
@@ -9,7 +9,9 @@
 mod broken;
 mod device;
 mod faulty;
+mod held;
 mod image;
+mod judge;
 mod log;
 mod operation;
 mod place;

@@ -3,7 +3,7 @@
 //! A history is carried out on an ext4 file system whose device notes every write and flush. Then, for moments around each
 //! flush and each answer, the device is made as a disk may have it after a power cut then: all that was flushed, and of
 //! the rest nothing, everything, or by chance. The host boots, mounts it, attaches the SR, and finds the volumes as the
-//! last answer told them or as the call that was cut off was to make them; and all that [`super::world::World::end`] asks.
+//! last answer told them or as the call that was cut off was to make them; and all that [`super::judge`] asks.
 //!
 //! A few histories are tried, the same on each run. FAKE_XAPI_POWER says how many random ones are, and FAKE_XAPI_SEED
 //! which; `all` stands for every moment of the few, a history for every moment of that one.
@@ -68,19 +68,19 @@ impl Recording {
         let recorder = Recorder::start(image)?;
         let place = recorder.place();
         let site = image.small.site.booted(place.path(), place.mounted().join("sr"))?;
-        let mut world = World::booted(site, image.small.keys());
+        let mut world = World::booted(site, &image.small.keys);
         world.model = image.small.model.clone();
         let mut lengths = Vec::new();
         let mut stretches = Vec::new();
         for (number, operation) in history.iter().enumerate() {
             lengths.push(recorder.length()?);
-            let (before, keys) = (world.model.clone(), world.keys().clone());
+            let (before, keys) = (world.model.clone(), world.keys.clone());
             world.perform(*operation, number, None).with_context(|| format!("{operation:?}"))?;
             let after = world.model.clone();
             stretches.push(Stretch { from: 0, operation: *operation, before, after, keys });
         }
         lengths.push(recorder.length()?);
-        let (model, keys) = (world.model.clone(), world.keys().clone());
+        let (model, keys) = (world.model.clone(), world.keys.clone());
         world.site.halt();
         let log = recorder.end()?;
         for (stretch, length) in stretches.iter_mut().zip(&lengths) {

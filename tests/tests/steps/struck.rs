@@ -3,7 +3,7 @@
 //! A call is killed there, or the system call fails for want of space or with an input or output error. After that the
 //! volumes are as they were before the call or as they are to be after it, and nothing else ever; the same call again is
 //! carried out; and when all is closed, every byte is right, every image sound, and nothing is left over
-//! ([`super::world::World::end`] looks at all of it).
+//! ([`super::judge`] looks at all of it).
 //!
 //! A few histories and strikes are tried, the same on each run; FAKE_XAPI_SEED chooses others, FAKE_XAPI_STEPS how many
 //! histories, and `all` stands for every history of up to three operations and every strike; with FAKE_XAPI_SHARE=`i/n`
@@ -142,9 +142,13 @@ fn all(prepared: &mut Prepared, share: usize, shares: usize) -> Vec<Case> {
         of.len(),
         began.elapsed()
     );
-    let all = strikes(prepared, &of).into_iter();
-    all.flat_map(|(history, last, strikes)| strikes.into_iter().map(move |strike| (history.clone(), last, strike)))
-        .collect()
+    let found = strikes(prepared, &of).into_iter();
+    let one = |(history, last, strikes): (History, Operation, Vec<Strike>)| {
+        strikes.into_iter().map(move |strike| (history.clone(), last, strike))
+    };
+    let all: Vec<Case> = found.flat_map(one).collect();
+    println!("{} strikes on these", all.len());
+    all
 }
 
 /// Chooses what is tried.
