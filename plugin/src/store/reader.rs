@@ -171,14 +171,14 @@ impl LockedTree {
             if Header::read(&path)?.check_backing(parent.as_deref()).is_ok() {
                 continue;
             }
-            let is_open = attachment.is_some() || is_elsewhere;
             match (&mut attachment, &parent) {
                 (Some(attachment), Some(parent)) if top == Some(node) => {
                     block_on(attachment.name_backing(node, parent))?;
                 }
                 // Its daemon knows the header, and only that of what it writes to.
                 _ if is_elsewhere && top == Some(node) => {}
-                _ if is_open => header::rename_backing(&path, parent.as_deref())?,
+                // Somebody may read it; a daemon that was killed keeps QEMU's locks for a moment.
+                _ if open.is_some() => header::rename_backing(&path, parent.as_deref())?,
                 _ => self.relink_header(node, &self.lock)?,
             }
         }

@@ -221,8 +221,11 @@ impl Scene {
     pub fn wait_for_end(&self, daemon: i32) {
         let root = self.bench.host.root.to_str().unwrap().to_owned();
         self.wait("the daemon's end", || {
-            let line = fs::read_to_string(format!("/proc/{daemon}/cmdline")).unwrap_or_default();
-            !line.contains(&root)
+            let read = |name| fs::read_to_string(format!("/proc/{daemon}/{name}")).unwrap_or_default();
+            let (line, stat) = (read("cmdline"), read("stat"));
+            // One that is dying has no command line any more, and its files for a moment.
+            let is_dying = line.is_empty() && stat.contains("(qemu-storage") && !stat.contains(") Z");
+            !line.contains(&root) && !is_dying
         });
     }
 
