@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use plugin::error::{Error, Result};
-use plugin::smapi::{LevelFilter, start_log};
+use plugin::log::{self, LevelFilter};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 /// The argument by which this executable exchanges two names, which follow. Coreutils' mv can do it since 9.5 only.
@@ -13,7 +13,7 @@ pub const ENTRY: &str = "exchange-names";
 
 /// Exchanges the names of two directories of one file system, in one step.
 pub fn main(names: impl Iterator<Item = OsString>) -> ExitCode {
-    start_log(LevelFilter::INFO);
+    log::start_for_people(LevelFilter::INFO);
     match exchange(names.map(PathBuf::from).collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

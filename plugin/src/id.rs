@@ -173,7 +173,7 @@ impl FromStr for VolumeUri {
         let Some((sr, volume)) = parts else {
             return Err(Error::BadRequest(format!(
                 "{:?} is not a volume's URI ({SCHEME}://<sr uuid>/<volume uuid>)",
-                Shortened(text)
+                ShortenedUri(text)
             )));
         };
         Ok(Self { sr: sr.parse()?, volume: volume.parse()? })
@@ -195,6 +195,24 @@ impl fmt::Debug for Shortened<'_> {
             Some((end, _)) => write!(f, "{:?}… ({} bytes)", &self.0[..end], self.0.len()),
             None => write!(f, "{:?}", self.0),
         }
+    }
+}
+
+/// A request's URI in an error: as [`Shortened`], without what may be a secret, which is who logs in and any parameter.
+pub struct ShortenedUri<'a>(pub &'a str);
+
+impl fmt::Debug for ShortenedUri<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (path, has_more) = self.0.split_once(['?', '#']).map_or((self.0, false), |(path, _)| (path, true));
+        let shown = match path.split_once("://") {
+            Some((scheme, rest)) => {
+                let authority = rest.find('/').unwrap_or(rest.len());
+                let login = rest[..authority].rfind('@');
+                format!("{scheme}://{}", login.map_or_else(|| rest.to_owned(), |at| format!("…{}", &rest[at..])))
+            }
+            None => path.to_owned(),
+        };
+        Shortened(&if has_more { shown + "?…" } else { shown }).fmt(f)
     }
 }
 
@@ -227,6 +245,18 @@ mod tests {
         }
         assert!(format!("{uri}/").parse::<VolumeUri>().is_err());
         assert!(format!("{uri}?x=1").parse::<VolumeUri>().is_err());
+    }
+
+    #[test]
+    fn a_uri_is_shown_without_what_may_be_a_secret() {
+        for (uri, shown) in [
+            ("nbd+unix:///e?socket=/s&session_id=x", r#""nbd+unix:///e?…""#),
+            ("nfs://me:secret@host/a@b", r#""nfs://…@host/a@b""#),
+            ("file:///a@b", r#""file:///a@b""#),
+            ("nonsense", r#""nonsense""#),
+        ] {
+            assert_eq!(format!("{:?}", ShortenedUri(uri)), shown);
+        }
     }
 
     #[test]

@@ -20,19 +20,24 @@
 
 pub mod activation;
 pub mod attachment;
+pub mod clock;
 pub mod device;
 pub mod error;
+pub mod failures;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod gc;
 pub mod host;
 pub mod id;
 pub mod lock;
+pub mod log;
 pub mod mirror;
 pub mod nbd;
 pub mod qemu;
 pub mod record;
+pub mod size;
 pub mod smapi;
 pub mod store;
+pub mod trace;
 
 pub use error::{Error, Result};

@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::trace;
 
 /// An exclusive lock on a file, held until it is dropped or its process ends.
 ///
@@ -109,6 +110,7 @@ fn wait(file: File, path: &Path, left: Duration, patience: Duration) -> Result<F
         Err(TryLockError::WouldBlock) => {}
         Err(TryLockError::Error(error)) => return Err(Error::on("locking", path)(error)),
     }
+    let _timed = trace::timed("lock", &path.file_name().unwrap_or_default().to_string_lossy());
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let result = file.lock().map(|()| file);

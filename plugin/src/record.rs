@@ -17,6 +17,9 @@ use crate::error::{Error, Result};
 pub trait Record: Serialize + DeserializeOwned {
     /// The newest format that this program reads, and the one it writes.
     const FORMAT: u64;
+
+    /// Whether people open the file, so that it has lines.
+    const IS_FOR_PEOPLE: bool = false;
 }
 
 /// The prefix of a record's file until it is complete; one that is left over is garbage.
@@ -126,8 +129,8 @@ pub fn write<R: Record>(path: &Path, record: &R, durability: Durability) -> Resu
 ///
 /// [`Error::Internal`] when it cannot be JSON.
 pub fn encode<R: Record>(record: &R) -> Result<Vec<u8>> {
-    let mut bytes = serde_json::to_vec(record)
-        .map_err(|error| Error::Internal(format!("a record cannot be encoded: {error}")))?;
+    let encoded = if R::IS_FOR_PEOPLE { serde_json::to_vec_pretty(record) } else { serde_json::to_vec(record) };
+    let mut bytes = encoded.map_err(|error| Error::Internal(format!("a record cannot be encoded: {error}")))?;
     bytes.push(b'\n');
     Ok(bytes)
 }

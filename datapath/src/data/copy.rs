@@ -44,12 +44,11 @@ struct BlockList {
 pub fn execute(host: &Host, parameters: Parameters) -> Result<Operation> {
     let uri: VolumeUri = parameters.uri.parse()?;
     let domain: Domain = parameters.domain.parse()?;
-    parameters.remote.parse::<NbdUri>()?;
+    let remote: NbdUri = parameters.remote.parse()?;
     let tree = Sr::attached(host, uri.sr)?.load(uri.volume)?;
     let size = tree.tree.node(tree.volume(uri.volume)?.node)?.virtual_size;
     let blocks = Blocks::new(parameters.blocklist.blocksize, &parameters.blocklist.ranges, size)?;
-    let (remote, dbg) = (parameters.remote, parameters.dbg);
-    alone(host, uri, || start(host, uri, domain, remote, &blocks, &dbg))
+    alone(host, uri, || start(host, uri, domain, &remote, &blocks, &parameters.dbg))
 }
 
 /// Starts the copy, with the lock held that keeps a second call from doing the same.
@@ -57,17 +56,18 @@ fn start(
     host: &Host,
     uri: VolumeUri,
     domain: Domain,
-    remote: String,
+    remote: &NbdUri,
     blocks: &Blocks,
     dbg: &str,
 ) -> Result<Operation> {
     if let Some(record) = running(host, uri)? {
+        let theirs: NbdUri = record.remote.parse()?;
         let same = if record.copy {
             record.domain == domain
-                && record.remote == remote
+                && theirs == *remote
                 && Blocks::load(host, record.key)?.is_some_and(|theirs| theirs == *blocks)
         } else {
-            is_same_export(&record.remote, &remote)?
+            is_same_export(&theirs, remote)
         };
         if same {
             return Ok(Operation::copy(record.key));
@@ -78,7 +78,7 @@ fn start(
     }
     let source = Source::open(host, uri)?;
     let live = source.mode == Mode::ReadWrite;
-    let record = MirrorRecord::new(uri, source.node, domain, remote);
+    let record = MirrorRecord::new(uri, source.node, domain, remote.to_string());
     let mut record = MirrorRecord { live, offline: source.offline, copy: true, debug_info: caller(dbg), ..record };
     source.supervise(host, &mut record, Some(blocks))?;
     Ok(Operation::copy(record.key))
@@ -86,7 +86,6 @@ fn start(
 
 /// Tells whether two URIs lead to one volume: xapi's proxies have a socket for each connection, and the name of an export
 /// is its volume's.
-fn is_same_export(one: &str, other: &str) -> Result<bool> {
-    let (one, other): (NbdUri, NbdUri) = (one.parse()?, other.parse()?);
-    Ok(one == other || (one.export == other.export && !one.export.is_empty()))
+fn is_same_export(one: &NbdUri, other: &NbdUri) -> bool {
+    one == other || (one.export == other.export && !one.export.is_empty())
 }

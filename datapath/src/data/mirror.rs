@@ -40,16 +40,15 @@ pub struct Parameters {
 pub fn execute(host: &Host, parameters: Parameters) -> Result<Operation> {
     let uri: VolumeUri = parameters.uri.parse()?;
     let domain: Domain = parameters.domain.parse()?;
-    parameters.remote.parse::<NbdUri>()?;
+    let remote: NbdUri = parameters.remote.parse()?;
     Sr::attached(host, uri.sr)?.load(uri.volume)?;
-    let (remote, dbg) = (parameters.remote, parameters.dbg);
-    alone(host, uri, || start(host, uri, domain, remote, &dbg)).map(Operation::mirror)
+    alone(host, uri, || start(host, uri, domain, &remote, &parameters.dbg)).map(Operation::mirror)
 }
 
 /// Starts the mirror, with the lock held that keeps a second call from doing the same.
-fn start(host: &Host, uri: VolumeUri, domain: Domain, remote: String, dbg: &str) -> Result<MirrorKey> {
+fn start(host: &Host, uri: VolumeUri, domain: Domain, remote: &NbdUri, dbg: &str) -> Result<MirrorKey> {
     if let Some(record) = running(host, uri)? {
-        if !record.copy && record.domain == domain && record.remote == remote {
+        if !record.copy && record.domain == domain && record.remote.parse::<NbdUri>()? == *remote {
             return Ok(record.key);
         }
         let doing = if record.copy { "copied" } else { "mirrored" };
@@ -58,7 +57,7 @@ fn start(host: &Host, uri: VolumeUri, domain: Domain, remote: String, dbg: &str)
     }
     let source = Source::open(host, uri)?;
     let live = source.mode == Mode::ReadWrite && domain.as_str() != HALTED;
-    let record = MirrorRecord::new(uri, source.node, domain, remote);
+    let record = MirrorRecord::new(uri, source.node, domain, remote.to_string());
     let mut record = MirrorRecord { live, offline: source.offline, debug_info: caller(dbg), ..record };
     source.supervise(host, &mut record, None)?;
     Ok(record.key)

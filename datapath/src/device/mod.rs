@@ -39,7 +39,7 @@ use crate::detached;
 /// Serves the device of the volume whose runtime directory is given. The exit status is for people.
 pub fn main(host: &Host, directory: &str) -> ExitCode {
     let key = directory.rsplit('/').next().unwrap_or_default().to_owned();
-    detached::run("device", &key, async |key| run(host, Path::new(directory), key).await)
+    detached::run(host, "device", &key, async |key| run(host, Path::new(directory), key).await)
 }
 
 async fn run(host: &Host, directory: &Path, key: VolumeKey) -> Result<()> {

@@ -35,7 +35,7 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// Relays connections to the export of the volume `key` until the import ends. The exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    detached::run("import", key, async |key| run(host, key).await)
+    detached::run(host, "import", key, async |key| run(host, key).await)
 }
 
 /// Takes descriptors and serves each in a task of its own.

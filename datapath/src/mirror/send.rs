@@ -253,7 +253,7 @@ impl Supervisor {
 
     /// Limits what the guest writes, until the mirror ends.
     async fn slow_the_guest(&mut self, client: &Client, pace: Pace) -> Result<()> {
-        tracing::info!(mirror = %self.record.key, ?pace, "the guest outruns the link");
+        tracing::info!(?pace, "the guest outruns the link");
         self.record.pace = Some(pace);
         graph::pace(client, Some(pace)).await
     }

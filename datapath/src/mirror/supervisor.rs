@@ -3,20 +3,23 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use plugin::activation;
 use plugin::error::{Error, Result};
+use plugin::failures::Failure;
 use plugin::host::{Host, Process, Settings};
 use plugin::id::{MirrorKey, VolumeUri};
 use plugin::lock::FileLock;
 use plugin::mirror::job::TARGET_NODE;
-use plugin::mirror::{EndReply, EndRequest, How, MirrorRecord, OFFLINE_DOMAIN, Phase, Plan};
+use plugin::mirror::{EndReply, EndRequest, How, MirrorRecord, OFFLINE_DOMAIN, Phase, Plan, Speedometer};
 use plugin::nbd::NbdUri;
 use plugin::qemu::qmp::Client;
 use plugin::store::Sr;
+use plugin::trace;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::timeout;
+use tracing::Instrument;
 
 use super::control::{self, Waiting};
 use super::missed::Missed;
@@ -29,7 +32,7 @@ pub const ENTRY: &str = "mirror-supervisor";
 
 /// Supervises the mirror `key` until it ends. Its outcome is in the record; the exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    detached::run("mirror's supervisor", key, async |key| supervise(host, key).await)
+    detached::run(host, "mirror's supervisor", key, async |key| supervise(host, key).await)
 }
 
 /// How a mirror ended.
@@ -51,7 +54,30 @@ async fn supervise(host: &Host, key: MirrorKey) -> Result<()> {
         let _ = fs::remove_file(lock.path());
         return Ok(());
     }
-    let ends = control::listen(&EndRequest::socket(host, key))?;
+    if let Some(origin) = &record.trace {
+        trace::begin_from(host, origin);
+    }
+    let what = if record.copy { "copy" } else { "mirror" };
+    trace::name(what);
+    for (name, value) in [
+        ("qcow2.sr", record.sr.to_string()),
+        ("qcow2.volume", record.volume.to_string()),
+        ("qcow2.mirror", key.to_string()),
+        ("qcow2.dbg", record.debug_info.clone()),
+    ] {
+        trace::tag(name, value);
+    }
+    let (sr, volume, dbg) = (record.sr, record.volume, record.debug_info.escape_debug().to_string());
+    let span = tracing::error_span!("mirror", method = what, %sr, %volume, mirror = %key, dbg);
+    let supervised = carry_out(host, settings, lock, record).instrument(span).await;
+    trace::end();
+    supervised
+}
+
+/// Supervises a mirror that has not ended, to its end.
+async fn carry_out(host: &Host, settings: Settings, lock: FileLock, record: MirrorRecord) -> Result<()> {
+    let begun = Instant::now();
+    let ends = control::listen(&EndRequest::socket(host, record.key))?;
     let is_to_verify = settings.verify || Sr::verifies(host, record.sr);
     let mut supervisor = Supervisor {
         settings,
@@ -65,26 +91,29 @@ async fn supervise(host: &Host, key: MirrorKey) -> Result<()> {
         target: TARGET_NODE,
         missed: Missed::Nothing,
         is_to_verify,
+        speedometer: Speedometer::default(),
     };
     supervisor.record.supervisor = Some(Process::current(host)?);
     supervisor.enter(Phase::Connecting);
     let outcome = supervisor.run().await;
-    let (phase, reason) = match outcome {
+    let (phase, reason) = match &outcome {
         Ok(Outcome::Finished) => {
             supervisor.remember();
             (Phase::Finished, None)
         }
-        Ok(Outcome::Cancelled(reason)) => (Phase::Cancelled, Some(reason)),
+        Ok(Outcome::Cancelled(reason)) => (Phase::Cancelled, Some(reason.clone())),
         Err(error) => (Phase::Failed, Some(error.chain())),
     };
+    supervisor.tell_end(phase, outcome.as_ref().err(), begun.elapsed());
     if supervisor.record.offline {
         // Before the end is told: whoever learns of it may go on to destroy the volume.
         close_source(host, supervisor.record.uri()).await;
     }
     supervisor.record.reason = reason;
     supervisor.record.phase = phase;
+    supervisor.record.speed = None;
     let stored = supervisor.record.store(host);
-    let _ = fs::remove_file(EndRequest::socket(host, key));
+    let _ = fs::remove_file(EndRequest::socket(host, supervisor.record.key));
     // What the record says of a mirror that has ended needs no guard.
     let _ = fs::remove_file(lock.path());
     // Requests that came in while the mirror was ending are answered too.
@@ -128,6 +157,7 @@ pub(super) struct Supervisor {
     pub(super) missed: Missed,
     /// Whether a mirror that did not send everything is compared with its source.
     pub(super) is_to_verify: bool,
+    pub(super) speedometer: Speedometer,
 }
 
 impl Supervisor {
@@ -164,13 +194,38 @@ impl Supervisor {
 
     /// Goes on to a phase, and tells.
     pub(super) fn enter(&mut self, phase: Phase) {
-        tracing::info!(mirror = %self.record.key, ?phase, "mirror");
+        tracing::info!(?phase, "goes on");
+        trace::note(&format!("{phase:?}").to_lowercase());
         self.record.phase = phase;
         self.store();
     }
 
+    /// Tells everybody how the mirror has ended.
+    fn tell_end(&self, phase: Phase, error: Option<&Error>, duration: Duration) {
+        let record = &self.record;
+        let (outcome, ms) = (format!("{phase:?}").to_lowercase(), format!("{:.1}", duration.as_secs_f64() * 1000.0));
+        trace::tag("qcow2.outcome", &outcome);
+        trace::tag("qcow2.sent", record.progress.sent);
+        if let Some(plan) = &record.plan {
+            trace::tag("qcow2.plan", plan);
+        }
+        let sent = record.progress.sent;
+        let Some(error) = error else {
+            tracing::info!(ms, outcome, sent, "ended");
+            return;
+        };
+        tracing::error!(ms, outcome, sent, error = error.chain(), "ended");
+        trace::fail(error);
+        let (sr, volume) = (Some(record.sr.to_string()), Some(record.volume.to_string()));
+        let what = if record.copy { "copy" } else { "mirror" };
+        Failure { sr, volume, dbg: record.debug_info.clone(), ..Failure::of(what, error) }.keep(&self.host);
+    }
+
     /// Writes the record. A full file system must not end the mirror: the last state then stands a little longer.
     pub(super) fn store(&mut self) {
+        let is_sending = matches!(self.record.phase, Phase::Copying | Phase::Ready | Phase::Draining);
+        self.record.speed =
+            if is_sending { self.speedometer.look(Instant::now(), &self.record.progress) } else { None };
         if let Err(error) = self.record.store(&self.host) {
             tracing::warn!(error = error.chain(), "the mirror's state could not be recorded");
         }

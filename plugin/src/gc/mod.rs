@@ -22,10 +22,11 @@ use std::process::ExitCode;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+use crate::failures::Failure;
 use crate::host::{Host, Launch, Process, ROOT_VARIABLE, this_program};
 use crate::id::{SrUuid, TreeId};
 use crate::lock::FileLock;
-use crate::smapi::{LevelFilter, start_log};
+use crate::log::{self, LevelFilter};
 use crate::store::Sr;
 pub use state::{State, Undone};
 
@@ -125,13 +126,17 @@ fn launch(host: &Host, sr: SrUuid) -> Result<()> {
 /// Does a worker's work, for the SR whose uuid or path is given. How it ends is for the exit status, the log and
 /// [`State`].
 pub fn main(host: &Host, sr: &OsStr) -> ExitCode {
-    start_log(LevelFilter::INFO);
+    log::start(host, LevelFilter::INFO);
     let uuid = sr.to_str().and_then(|text| text.parse::<SrUuid>().ok());
     let sr = uuid.map_or_else(|| Sr::open(Path::new(sr)), |uuid| Sr::attached(host, uuid));
+    let span = tracing::error_span!("gc", method = "gc", sr = uuid.as_ref().map(tracing::field::display));
+    let _entered = span.enter();
     match sr.and_then(|sr| worker::run(host, &sr, uuid.is_some())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = error.chain(), "space is not brought back");
+            let sr = uuid.map(|uuid| uuid.to_string());
+            Failure { sr, ..Failure::of("gc", &error) }.keep(host);
             ExitCode::FAILURE
         }
     }

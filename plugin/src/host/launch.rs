@@ -16,7 +16,7 @@ use rustix::process::{Resource, Rlimit};
 
 use super::{Host, Process, ROOT_VARIABLE, service};
 use crate::error::{Error, Result};
-use crate::smapi::LOG_VARIABLE;
+use crate::log::LOG_VARIABLE;
 
 /// Where systemd puts a directory when it is PID 1 (sd_booted(3)).
 const SYSTEMD_RUNS: &str = "/run/systemd/system";

@@ -37,6 +37,7 @@ pub const ROOT_VARIABLE: &str = "XAPI_STORAGE_QCOW2_ROOT";
 ///     mirrors/<mirror key>/        a mirror: its supervisor and state
 ///     launch/<unit>/               a service that is being started: what it is to run
 ///     gc/<sr uuid>.json            what the last one that brought space back did
+///     failures                     what failed last
 /// ```
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -110,6 +111,11 @@ impl Host {
     /// When the file is there and cannot be understood.
     pub fn settings(&self) -> Result<Settings> {
         Settings::read(&self.root.join("etc/xapi-storage-qcow2.json"))
+    }
+
+    /// Gives an absolute path that is not an SR's, such as xapi gives, as it is on this host.
+    pub fn below_root(&self, path: &Path) -> PathBuf {
+        self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
     /// Gives the directory of all runtime state.

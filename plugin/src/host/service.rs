@@ -28,8 +28,8 @@ use serde::{Deserialize, Serialize};
 use super::launch::{Launch, UNIT_DIRECTORIES, environment};
 use super::{Host, Process};
 use crate::error::{Error, Result};
+use crate::log::{self, LevelFilter};
 use crate::record::{self, Durability, Record};
-use crate::smapi::{LevelFilter, start_log};
 
 /// The argument by which an executable becomes the program of a service; the unit's name follows.
 pub const ENTRY: &str = "service";
@@ -175,7 +175,7 @@ fn systemctl(service: &str, patience: Duration) -> Result<()> {
 /// Becomes the program of the service `<unit>.service`. It returns only when that fails; what went wrong is in the
 /// journal, or, when the program itself cannot be run, in its log.
 pub fn main(host: &Host, service: &str) -> ExitCode {
-    start_log(LevelFilter::INFO);
+    log::start_for_people(LevelFilter::INFO);
     let Err(error) = become_program(host, service);
     tracing::error!(service, error = error.chain(), "the service does not start");
     ExitCode::FAILURE

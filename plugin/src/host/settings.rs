@@ -38,6 +38,8 @@ pub struct Settings {
     pub gc_live_mib: u64,
     /// Who is given block devices.
     pub block_device: BlockDevices,
+    /// What goes to the host's log: levels, for all or for a module, between commas.
+    pub log: String,
 }
 
 /// Whether guests and dom0 are given block devices of volumes.
@@ -67,6 +69,7 @@ impl Default for Settings {
             gc_live: true,
             gc_live_mib: 64,
             block_device: BlockDevices::Auto,
+            log: "info".to_owned(),
         }
     }
 }

@@ -16,9 +16,11 @@ mod blocks;
 mod control;
 mod ending;
 pub mod job;
+mod people;
 mod plan;
 mod record;
 mod session;
+mod speed;
 
 pub use announcement::{Announcement, Base};
 pub use blocks::{Blocks, Range};
@@ -27,9 +29,11 @@ pub use ending::{
     acknowledge, before_deactivate, before_detach, end, end_for_snapshot, end_unless_running, forget_volume,
     is_running, reap, source_activated, start_lock,
 };
+pub use people::{ForPeople, summary};
 pub use plan::{Destination, Layer, Plan, layers, plan};
 pub use record::{MirrorRecord, Phase, Progress, WHOLE, now};
 pub use session::{Sent, Session, Sessions};
+pub use speed::{Speed, Speedometer};
 
 /// The pseudo domain under which a mirror opens a volume that is not active.
 pub const OFFLINE_DOMAIN: &str = "mirror";

@@ -8,13 +8,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::people::ForPeople;
 use super::plan::Plan;
+use super::speed::Speed;
 use crate::error::{Error, Result};
 use crate::host::{Host, Process};
 use crate::id::{Domain, MirrorKey, NodeId, SrUuid, VolumeKey, VolumeUri};
 use crate::qemu::graph::Pace;
 use crate::record::{self, Durability, Record};
 use crate::smapi::DataStatus;
+use crate::trace::{self, Origin};
 
 /// Where a mirror stands.
 ///
@@ -88,7 +91,7 @@ fn is_zero(part: &u32) -> bool {
     *part == 0
 }
 
-/// The record of a mirror, `<run>/mirrors/<key>/state.json`.
+/// The record of a mirror, `<run>/mirrors/<key>/state.json`, which people read too.
 ///
 /// Its supervisor is its only writer while it lives; a call writes it before the supervisor starts and after it
 /// ended. The format may grow fields; format 1 is the first.
@@ -96,6 +99,9 @@ fn is_zero(part: &u32) -> bool {
 pub struct MirrorRecord {
     /// The record's format.
     pub format: u64,
+    /// What people want to know first.
+    #[serde(default)]
+    pub for_people: ForPeople,
     /// The mirror's key, which Data.mirror gave.
     pub key: MirrorKey,
     /// The SR of the source volume.
@@ -128,6 +134,9 @@ pub struct MirrorRecord {
     pub pace: Option<Pace>,
     /// What was copied and sent.
     pub progress: Progress,
+    /// How fast it goes, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Speed>,
     /// Whether it is a copy: of [`super::Blocks`] alone, and ended by itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub copy: bool,
@@ -140,6 +149,9 @@ pub struct MirrorRecord {
     /// What of the source is sent, once the destination was asked; of a copy nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
+    /// What its supervisor's spans hang from, where xapi observes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<Origin>,
     /// Its supervisor, once that runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub supervisor: Option<Process>,
@@ -151,6 +163,7 @@ pub struct MirrorRecord {
 
 impl Record for MirrorRecord {
     const FORMAT: u64 = 1;
+    const IS_FOR_PEOPLE: bool = true;
 }
 
 impl MirrorRecord {
@@ -158,6 +171,7 @@ impl MirrorRecord {
     pub fn new(uri: VolumeUri, node: NodeId, domain: Domain, remote: String) -> Self {
         Self {
             format: Self::FORMAT,
+            for_people: ForPeople::default(),
             key: MirrorKey::random(),
             sr: uri.sr,
             volume: uri.volume,
@@ -173,10 +187,12 @@ impl MirrorRecord {
             acknowledged: false,
             pace: None,
             progress: Progress::default(),
+            speed: None,
             copy: false,
             debug_info: String::new(),
             description: None,
             plan: None,
+            trace: trace::origin(),
             supervisor: None,
             started: now(),
             updated: 0,
@@ -247,6 +263,7 @@ impl MirrorRecord {
     /// When it cannot be written; the older one still stands.
     pub fn store(&mut self, host: &Host) -> Result<()> {
         self.updated = now();
+        self.for_people = ForPeople::of(self);
         record::write(&Self::path(host, self.key), self, Durability::UntilReboot)
     }
 
@@ -359,6 +376,39 @@ pub(super) mod tests {
         let mut record = sample(&host, Phase::Finished);
         record.supervisor = None;
         assert!(said(&record, &host).contains(r#""complete":true"#));
+    }
+
+    #[test]
+    fn a_record_is_readable_by_people_and_by_programs_of_either_age() {
+        // As the first version wrote it, and as much of it as that reads.
+        #[derive(Debug, PartialEq, Deserialize)]
+        struct First {
+            format: u64,
+            phase: Phase,
+            progress: Progress,
+            started: u64,
+            updated: u64,
+        }
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        let old = r#"{"format":1,"key":"a0000000-0000-4000-8000-000000000001",
+            "sr":"a0000000-0000-4000-8000-000000000002","volume":"a0000000-0000-4000-8000-000000000003","domain":"7",
+            "remote":"nbd+unix:///e?socket=/s","node":"a0000000-0000-4000-8000-000000000004","live":true,"offline":false,
+            "phase":"copying","was_complete":false,"raised":false,"acknowledged":false,
+            "progress":{"offset":1073741824,"length":4294967296,"sent":1100000000,"received":5},
+            "started":1795428465,"updated":1795428500}"#;
+        let mut record: MirrorRecord = record::parse(&root.path().join("state.json"), old.as_bytes()).unwrap();
+        record.speed = Some(Speed { bytes_per_second: 100 << 20, seconds_left: Some(31) });
+        host.make_runtime_dir(&host.mirror_dir(record.key)).unwrap();
+        record.store(&host).unwrap();
+        let text = fs::read_to_string(MirrorRecord::path(&host, record.key)).unwrap();
+        let summary = "copying, 25.0 %, 1.0 GiB sent, 100.0 MiB/s, 3.0 GiB left, about 31 s";
+        assert!(text.lines().count() > 20 && text.contains(summary), "{text}");
+        assert!(text.contains("2026-11-23 10:07:45 UTC"), "{text}");
+        assert_eq!(MirrorRecord::load(&host, record.key).unwrap(), Some(record.clone()));
+        let first: First = serde_json::from_str(&text).unwrap();
+        let MirrorRecord { format, phase, progress, started, updated, .. } = record;
+        assert_eq!(first, First { format, phase, progress, started, updated });
     }
 
     #[test]

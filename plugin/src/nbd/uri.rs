@@ -1,10 +1,11 @@
 //! NBD URIs, as xapi sends them.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
-use crate::id::Shortened;
+use crate::id::ShortenedUri;
 
 /// The longest path that fits a Unix socket's address.
 const SOCKET_PATH_BYTES: usize = 107;
@@ -34,11 +35,28 @@ pub struct NbdUri {
     pub export: String,
 }
 
+impl fmt::Display for NbdUri {
+    /// Writes the URI anew, with nothing in it but what was understood.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.address {
+            Address::Unix(path) => {
+                let socket = path.to_string_lossy();
+                write!(f, "nbd+unix:///{}?socket={}", encode(&self.export), encode(&socket))
+            }
+            Address::Tcp(host, port) if host.contains(':') => {
+                write!(f, "nbd://[{host}]:{port}/{}", encode(&self.export))
+            }
+            Address::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{}", encode(&self.export)),
+        }
+    }
+}
+
 impl FromStr for NbdUri {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        parse(text).map_err(|reason| Error::BadRequest(format!("{:?} is not an NBD URI: {reason}", Shortened(text))))
+        parse(text)
+            .map_err(|reason| Error::BadRequest(format!("{:?} is not an NBD URI: {reason}", ShortenedUri(text))))
     }
 }
 
@@ -91,6 +109,19 @@ fn tcp(authority: &str) -> std::result::Result<Address, &'static str> {
     Ok(Address::Tcp(host.to_owned(), port))
 }
 
+/// Percent-encodes all but what needs it nowhere.
+fn encode(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) {
+            encoded.push(char::from(byte));
+        } else {
+            encoded.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    encoded
+}
+
 /// Undoes percent-encoding.
 fn decode(text: &str) -> std::result::Result<String, &'static str> {
     let mut bytes = Vec::with_capacity(text.len());
@@ -128,6 +159,21 @@ mod tests {
         assert_eq!(uri, NbdUri { address: Address::Tcp("1.2.3.4".to_owned(), 10809), export: "x".to_owned() });
         let uri: NbdUri = "nbd://[::1]/".parse().unwrap();
         assert_eq!(uri, NbdUri { address: Address::Tcp("::1".to_owned(), 10809), export: String::new() });
+    }
+
+    #[test]
+    fn a_uri_written_anew_is_the_same_without_what_is_not_understood() {
+        for text in [
+            "nbd+unix:///a%2Fb%20c?session_id=secret&socket=/run/x%26y&pass=secret",
+            "nbd:unix:/run/x.sock:exportname=e",
+            "nbd://1.2.3.4/x?secret",
+            "nbd://[::1]/",
+        ] {
+            let uri: NbdUri = text.parse().unwrap();
+            let again = uri.to_string();
+            assert_eq!(again.parse::<NbdUri>().unwrap(), uri, "{again}");
+            assert!(!again.contains("secret=") && !again.contains("pass"), "{again}");
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ use super::{StorageDaemon, graph, storage_daemon};
 use crate::error::{Error, Result};
 use crate::host::{Host, Launch, Process, Settings};
 use crate::record;
+use crate::trace;
 
 /// How long a daemon may take to end after it was asked to, before it is asked less kindly.
 const GRACE: Duration = Duration::from_secs(2);
@@ -83,6 +84,7 @@ pub async fn spawn(host: &Host, directory: &Path, unit: &str, sr: Option<&Path>)
     let program = storage_daemon(host)?;
     let arguments = arguments(directory)?;
     let log = directory.join(LOG);
+    let _timed = trace::timed("qemu-storage-daemon", "start");
     let deadline = Instant::now() + settings.qmp();
     loop {
         remove_files(directory)?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::lock::FileLock;
+use crate::trace;
 
 /// Where QEMU's programs are looked for, in this order; `$PATH` is the caller's and is not asked.
 ///
@@ -89,6 +90,9 @@ pub(super) fn run_holding(
     doing: &str,
     patience: Duration,
 ) -> Result<Output> {
+    // Its name and what it is to do; the file may be one of thousands.
+    let words: Vec<&str> = doing.split(' ').take_while(|word| !word.starts_with('/')).collect();
+    let _timed = trace::timed("", &words.join(" "));
     let stdin = match lock {
         Some(lock) => Stdio::from(lock.share()?),
         None => Stdio::null(),

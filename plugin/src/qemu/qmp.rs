@@ -43,6 +43,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::error::{Error, Result};
+use crate::trace;
 pub use message::Event;
 
 /// How many events a receiver may be behind before it loses the oldest.
@@ -154,6 +155,7 @@ impl Client {
         command: &str,
         arguments: impl Serialize,
     ) -> Result<Value> {
+        let _timed = trace::timed("QMP", command);
         let sent = self.send(command, arguments)?;
         self.answer(sent, patience).await
     }
@@ -165,6 +167,7 @@ impl Client {
     ///
     /// As [`Self::execute`]; after one that is no refusal it is not known which of the commands were executed.
     pub async fn execute_all(&self, commands: &[(&'static str, Value)]) -> Result<Vec<Result<Value>>> {
+        let _timed = trace::timed("QMP", commands.first().map_or("", |(command, _)| command));
         let sent: Vec<Sent> =
             commands.iter().map(|(command, arguments)| self.send(command, arguments)).collect::<Result<_>>()?;
         let mut answers = Vec::with_capacity(sent.len());

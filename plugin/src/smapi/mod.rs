@@ -13,8 +13,8 @@
 //!             └────────────┴── Error ─────┴─────────────┴─────► {code, params, backtrace}, exit 1
 //! ```
 
+mod about;
 mod command_line;
-mod trace;
 mod types;
 
 use std::ffi::OsString;
@@ -22,28 +22,22 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tracing::error_span;
-pub use tracing::level_filters::LevelFilter;
-use tracing_subscriber::Layer;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::Shortened;
+use crate::log::{self, LevelFilter};
+use crate::trace;
+use about::About;
 pub use types::{
     Backend, BlockList, ChangedBlocks, Configuration, DataStatus, Health, Keys, Operation, ProbeResult, QueryResult,
     SrStat, VolumeRecord, VolumeType, XenDisk, not_null,
 };
-
-/// The variable that chooses what is logged to standard error: levels, for all or for a module, between commas
-/// (`info,plugin::qemu=trace`; default: warnings).
-pub const LOG_VARIABLE: &str = "XAPI_STORAGE_QCOW2_LOG";
 
 /// One method of a plugin: its name as xapi spells the script, and what it does.
 pub struct Method {
@@ -70,9 +64,21 @@ where
     R: Serialize + 'static,
 {
     let parameters =
-        serde_json::from_value(request).map_err(|error| Error::BadRequest(shorten(&error.to_string())))?;
+        serde_json::from_value(request).map_err(|error| Error::BadRequest(shorten(&told(&error.to_string()))))?;
     let answer = execute(host, parameters)?;
     Ok(Answer(Box::new(move |output| serde_json::to_writer(output, &answer))))
+}
+
+/// Takes out of a decoder's error the value that is of a wrong type: in a device-config it may be a secret.
+fn told(text: &str) -> String {
+    let quoted = ["invalid type: ", "invalid value: "].iter().find_map(|begin| text.strip_prefix(begin));
+    let parts = quoted.and_then(|rest| Some((rest.find(['"', '`'])?, rest.rfind(", expected ")?)));
+    match (quoted, parts) {
+        (Some(rest), Some((value, expected))) if value < expected => {
+            format!("{}{}{}", &text[..text.len() - rest.len()], rest[..value].trim_end(), &rest[expected..])
+        }
+        _ => text.to_owned(),
+    }
 }
 
 /// Keeps an error text that quotes the request from growing with it.
@@ -89,8 +95,12 @@ fn shorten(text: &str) -> String {
 /// `--list-methods` it prints the methods' names, one a line.
 pub fn main(methods: &[Method]) -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    start_log(LevelFilter::WARN);
-    run(methods, &arguments, &Host::from_environment(), &mut std::io::stdin().lock(), &mut StandardOutput)
+    let host = Host::from_environment();
+    log::start(&host, LevelFilter::WARN);
+    trace::begin(&host);
+    let code = run(methods, &arguments, &host, &mut std::io::stdin().lock(), &mut StandardOutput);
+    trace::end();
+    code
 }
 
 /// Standard output without a buffer of its own. What the standard library's could not write it writes at the end of the
@@ -107,15 +117,6 @@ impl Write for StandardOutput {
     }
 }
 
-/// Starts logging to standard error, which xapi-storage-script shows only with a failure. [`LOG_VARIABLE`] chooses
-/// what is logged, else `default` does. To be called once in a process.
-pub fn start_log(default: LevelFilter) {
-    let chosen = std::env::var(LOG_VARIABLE).ok().and_then(|text| text.parse::<Targets>().ok());
-    let filter = chosen.unwrap_or_else(|| Targets::new().with_default(default));
-    let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
-    tracing_subscriber::registry().with(format.with_filter(filter)).init();
-}
-
 /// Runs one call with everything it touches given: the same as [`main()`], for tests and for other front ends.
 pub fn run(
     methods: &[Method],
@@ -128,15 +129,21 @@ pub fn run(
         let names: String = methods.iter().map(|method| format!("{}\n", method.name)).collect();
         return written(stdout, names.as_bytes(), ExitCode::SUCCESS);
     }
+    let begun = Instant::now();
     let chosen =
         choose(methods, arguments).and_then(|(method, rest)| match command_line::request(method.name, rest) {
             Some(request) => Ok((method, request?)),
             None => Ok((method, read(stdin)?)),
         });
-    let answer = match chosen {
-        Ok((method, request)) => call(method, host, request),
-        Err(error) => Err(logged(error)),
+    let (about, call) = match chosen {
+        Ok((method, request)) => (About::of(method.name, &request), Ok((method.call, request))),
+        Err(error) => (About::default(), Err(error)),
     };
+    // Whatever is logged meanwhile says for which call it is.
+    let span = about.span();
+    let _entered = span.enter();
+    let answer = call.and_then(|(call, request)| call(host, request));
+    about.ended(host, begun.elapsed(), answer.as_ref().err());
     match answer {
         Ok(Answer(encode)) => {
             let mut output = BufWriter::new(stdout);
@@ -155,11 +162,6 @@ pub fn run(
             written(stdout, value.to_string().as_bytes(), ExitCode::FAILURE)
         }
     }
-}
-
-fn logged(error: Error) -> Error {
-    tracing::error!(error = error.chain(), "call failed");
-    error
 }
 
 /// Writes the one answer; a caller that does not read it is told by the exit status.
@@ -204,24 +206,6 @@ fn read(stdin: &mut dyn Read) -> Result<Value> {
         return Err(Error::BadRequest("the request is not a JSON object".to_owned()));
     }
     Ok(request)
-}
-
-/// Executes a request. Whatever is logged meanwhile says for which call it is.
-fn call(method: &Method, host: &Host, request: Value) -> Result<Answer> {
-    let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default();
-    let (task, parent) = trace::of(field("dbg"), std::env::var(trace::VARIABLE).ok());
-    // Of the level of an error, so that it is there whatever is chosen to be logged.
-    let span = error_span!(
-        "call",
-        method = method.name,
-        dbg = ?Shortened(task),
-        traceparent = parent.as_deref(),
-        sr = ?Shortened(field("sr")),
-        key = ?Shortened(field("key")),
-        uri = ?Shortened(field("uri")),
-    );
-    let _entered = span.enter();
-    (method.call)(host, request).map_err(logged)
 }
 
 #[cfg(test)]
@@ -273,6 +257,20 @@ mod tests {
             let (_, stdout) = call_with(&["Volume.stat", "--json"], request);
             assert!(stdout.contains("SR_BACKEND_FAILURE_115"), "{stdout}");
         }
+    }
+
+    #[test]
+    fn a_value_of_a_wrong_type_is_not_told() {
+        for (wrong, expected) in [
+            (json!({"password": 4711}), "invalid type: integer, expected a string"),
+            (json!("4711"), "invalid type: string, expected a map"),
+            (json!(["a, expected \"4711\""]), "invalid type: sequence, expected a map"),
+            (json!({"a": {"4711": "b"}}), "invalid type: map, expected a string"),
+        ] {
+            let error = serde_json::from_value::<Configuration>(wrong).unwrap_err();
+            assert_eq!(told(&error.to_string()), expected);
+        }
+        assert_eq!(told("missing field `sr`"), "missing field `sr`");
     }
 
     #[test]

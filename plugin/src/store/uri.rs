@@ -4,7 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::id::Shortened;
+use crate::id::ShortenedUri;
 use crate::smapi::Configuration;
 
 /// The device-config's key.
@@ -18,8 +18,10 @@ const KEY: &str = "uri";
 /// absolute local path without `.` or `..` in it.
 pub fn sr_path(configuration: &Configuration) -> Result<PathBuf> {
     let uri = configuration.get(KEY).ok_or(Error::MissingDeviceConfig(KEY))?;
-    parse(uri)
-        .map_err(|reason| Error::InvalidDeviceConfig { key: KEY, reason: format!("{:?} {reason}", Shortened(uri)) })
+    parse(uri).map_err(|reason| Error::InvalidDeviceConfig {
+        key: KEY,
+        reason: format!("{:?} {reason}", ShortenedUri(uri)),
+    })
 }
 
 /// Writes the URI of an SR's path.

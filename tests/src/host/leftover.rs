@@ -10,7 +10,8 @@ pub struct Leftovers {
     /// Sockets that are bound below the host's runtime directory.
     pub sockets: Vec<String>,
     /// Files in the runtime directory. Not counted are the records of attached SRs, those of what was sent in which session
-    /// of a destination, by which later mirrors are planned, and what was found out of QEMU's programs.
+    /// of a destination, by which later mirrors are planned, what was found out of QEMU's programs, and the last failures,
+    /// which people may ask for.
     pub files: Vec<PathBuf>,
 }
 
@@ -38,7 +39,7 @@ pub(super) fn look(root: &Path, runtime: &Path) -> Leftovers {
     collect_files(runtime, &runtime.join("srs"), &mut files);
     files
         .retain(|path| path.parent() != Some(&runtime.join("sessions")) || path.extension() != Some("json".as_ref()));
-    files.retain(|path| *path != runtime.join("programs.json"));
+    files.retain(|path| !["programs.json", "failures", "failures.old"].map(|name| runtime.join(name)).contains(path));
     files.sort();
     Leftovers { processes: processes(root), sockets: sockets(runtime), files }
 }

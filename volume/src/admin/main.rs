@@ -13,8 +13,7 @@ use std::process::ExitCode;
 
 use plugin::Error;
 use plugin::host::Host;
-use plugin::smapi;
-use tracing::level_filters::LevelFilter;
+use plugin::log::{self, LevelFilter};
 
 use crate::arguments::Command;
 
@@ -32,7 +31,7 @@ fn main() -> ExitCode {
             return ExitCode::from(MISUSED);
         }
     };
-    smapi::start_log(LevelFilter::ERROR);
+    log::start_for_people(LevelFilter::ERROR);
     let host = Host::from_environment();
     let done = match command {
         Command::Help => Ok((arguments::USAGE.to_owned(), true)),

@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use plugin::id::Shortened;
+use plugin::size::bytes;
 
 use super::model::{Node, Picture};
-use super::text::{bytes, remarks};
+use super::text::remarks;
 
 /// Draws an SR's trees.
 pub fn draw(picture: &Picture) -> String {
