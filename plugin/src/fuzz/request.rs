@@ -87,7 +87,7 @@ pub(super) fn run(input: &[u8]) {
     let arguments: Vec<OsString> =
         words.split(|byte| *byte == b' ').map(|word| OsString::from_vec(word.to_vec())).collect();
     let mut stdout = Vec::new();
-    let host = Host::at("/nonexistent");
+    let host = Host::at("/dev/null");
     smapi::run(METHODS, &arguments, &host, &mut request, &mut stdout);
     if arguments.get(1).is_some_and(|argument| argument == "--list-methods") {
         return;

@@ -227,7 +227,7 @@ mod tests {
     fn call_with(arguments: &[&str], stdin: &[u8]) -> (String, String) {
         let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
         let mut stdout = Vec::new();
-        let code = run(METHODS, &arguments, &Host::at("/nonexistent"), &mut &stdin[..], &mut stdout);
+        let code = run(METHODS, &arguments, &Host::at("/dev/null"), &mut &stdin[..], &mut stdout);
         (format!("{code:?}"), String::from_utf8(stdout).unwrap())
     }
 

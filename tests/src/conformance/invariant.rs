@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::Bench;
 use crate::disk::{Inventory, Links, RawCopy, Sr, Topology};
-use crate::host::PluginSource;
+use crate::host::{PluginSource, outlasts_calls};
 
 /// The administrator's program.
 const PROGRAM: &str = "xapi-storage-qcow2";
@@ -57,6 +57,8 @@ impl Bench {
     pub async fn everything(&self) -> Result<(BTreeSet<PathBuf>, Vec<String>)> {
         let mut paths = BTreeSet::new();
         collect(self.directory(), &mut paths);
+        let runtime = self.host.runtime_dir();
+        paths.retain(|path| !outlasts_calls(&runtime, path));
         let volumes = self.ls().await?;
         Ok((
             paths,

@@ -34,12 +34,17 @@ impl Leftovers {
     }
 }
 
+/// Whether a file is one that any call may leave: what was found out of QEMU's programs, and the last failures.
+pub(crate) fn outlasts_calls(runtime: &Path, file: &Path) -> bool {
+    ["programs.json", "failures", "failures.old"].iter().any(|name| file == runtime.join(name))
+}
+
 pub(super) fn look(root: &Path, runtime: &Path) -> Leftovers {
     let mut files = Vec::new();
     collect_files(runtime, &runtime.join("srs"), &mut files);
     files
         .retain(|path| path.parent() != Some(&runtime.join("sessions")) || path.extension() != Some("json".as_ref()));
-    files.retain(|path| !["programs.json", "failures", "failures.old"].map(|name| runtime.join(name)).contains(path));
+    files.retain(|path| !outlasts_calls(runtime, path));
     files.sort();
     Leftovers { processes: processes(root), sockets: sockets(runtime), files }
 }

@@ -25,6 +25,7 @@ pub use descriptor::pass;
 pub use export::ImportPath;
 pub use layout::{DATAPATH, VOLUME, inventory, write_settings};
 pub use leftover::Leftovers;
+pub(crate) use leftover::outlasts_calls;
 pub use plugins::{DatapathPlugin, VolumePlugin};
 pub use pump::{Sample, Wire, WireFault, WireHarm, WireMoment, Wires};
 

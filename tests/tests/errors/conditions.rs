@@ -303,8 +303,8 @@ async fn broken_mirror(b: Arc<Bench>) -> Result<Failure> {
 
 async fn qemu(b: Arc<Bench>) -> Result<Failure> {
     let volume = b.create(MIB).await?;
-    // Where the header says that the image's first table is: not at the start of a cluster.
-    write_at(&image(&b, &volume)?, 40, &1u64.to_be_bytes())?;
+    // The width of reference counts, which QEMU alone reads.
+    write_at(&image(&b, &volume)?, 96, &7u32.to_be_bytes())?;
     b.attach(&volume, "7").await?;
     refused(b.activate(&volume, "7").await)
 }
