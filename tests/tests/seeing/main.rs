@@ -8,5 +8,6 @@ mod log;
 mod migration;
 mod site;
 mod spans;
+mod status;
 #[path = "../world/mod.rs"]
 mod world;

@@ -9,6 +9,7 @@ use plugin::id::VolumeKey;
 pub const USAGE: &str = "\
 usage: xapi-storage-qcow2 tree <sr> [<volume>] [--dot | --json]
        xapi-storage-qcow2 check <sr> [--fast] [--repair] [--json]
+       xapi-storage-qcow2 status [--watch] [--json]
        xapi-storage-qcow2 --help | --version
 
 <sr> is the directory of an SR, or the uuid of one that is attached on this host.
@@ -18,6 +19,8 @@ tree    draws the trees of an SR, or that of one volume: what lies on what, size
 check   holds records, images, symlinks, daemons and mirrors against each other, and says what does not agree.
         --fast     does not have qemu-img check each image that nobody writes to
         --repair   puts right what leaves no doubt, and makes lost or torn records of trees anew
+status  says what this host does: SRs, daemons, mirrors and how far they are, what failed last.
+        --watch    goes on until no mirror does and no space is brought back
 --dot   for graphviz, --json for programs.
 
 Exit status: 0 all is well, 1 something was found or failed, 2 wrong usage.
@@ -45,6 +48,15 @@ pub struct Options {
     pub json: bool,
 }
 
+/// How a host's status is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StatusOptions {
+    /// Again and again, until nothing goes on.
+    pub watch: bool,
+    /// For programs.
+    pub json: bool,
+}
+
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -68,6 +80,8 @@ pub enum Command {
         /// How.
         options: Options,
     },
+    /// Say what this host does.
+    Status(StatusOptions),
 }
 
 /// Reads the arguments behind the program's name.
@@ -98,17 +112,22 @@ pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Command, Strin
     let known: &[&str] = match name {
         "tree" => &["--dot", "--json"],
         "check" => &["--fast", "--repair", "--json"],
+        "status" => &["--watch", "--json"],
         _ => return Err(format!("there is no command {name:?}")),
     };
     if let Some(unknown) = flags.iter().find(|flag| !known.contains(&flag.as_str())) {
         return Err(format!("{name} has no option {unknown}"));
     }
     let has = |name: &str| flags.iter().any(|flag| flag == name);
-    let sr = words.next().filter(|sr| !sr.is_empty()).ok_or_else(|| format!("{name} needs an SR"))?.into();
-    let command = if name == "check" {
+    let mut sr = || words.next().filter(|sr| !sr.is_empty()).map(PathBuf::from).ok_or(format!("{name} needs an SR"));
+    let command = if name == "status" {
+        Command::Status(StatusOptions { watch: has("--watch"), json: has("--json") })
+    } else if name == "check" {
+        let sr = sr()?;
         let options = Options { fast: has("--fast"), repair: has("--repair"), json: has("--json") };
         Command::Check { sr, options }
     } else {
+        let sr = sr()?;
         let volume = words.next().map(|word| word.to_string_lossy().parse::<VolumeKey>());
         let volume = volume.transpose().map_err(|error| error.to_string())?;
         let form = match (has("--dot"), has("--json")) {
@@ -143,13 +162,23 @@ mod tests {
         let expected = Command::Tree { sr: "/a".into(), volume: Some(volume), form: Form::Dot };
         assert_eq!(of(&format!("tree /a --dot {volume}")), Ok(expected));
         assert_eq!(of("tree /a --help"), Ok(Command::Help));
+        assert_eq!(of("--json status"), Ok(Command::Status(StatusOptions { watch: false, json: true })));
     }
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        for line in
-            ["", "grow /a", "check", "check /a /b", "check /a --dot", "tree /a b", "tree /a --dot --json", "-x"]
-        {
+        for line in [
+            "",
+            "grow /a",
+            "status /a",
+            "status --dot",
+            "check",
+            "check /a /b",
+            "check /a --dot",
+            "tree /a b",
+            "tree /a --dot --json",
+            "-x",
+        ] {
             assert!(of(line).is_err(), "{line}");
         }
     }

@@ -1,4 +1,5 @@
-//! The administrator's program `xapi-storage-qcow2`: draws an SR's trees, checks an SR, and repairs what is safe.
+//! The administrator's program `xapi-storage-qcow2`: draws an SR's trees, checks an SR, repairs what is safe, and says
+//! what the host does.
 //!
 //! docs/commands.md describes it. It works on an SR that is attached, given by its uuid, and on any directory that holds
 //! one. Exit status: 0 when all is well, 1 when something was found or failed, 2 when it was called wrongly.
@@ -6,6 +7,7 @@
 mod arguments;
 mod check;
 mod place;
+mod status;
 mod tree;
 
 use std::io::{self, Write};
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Version => Ok((format!("xapi-storage-qcow2 {}\n", env!("CARGO_PKG_VERSION")), true)),
         Command::Tree { sr, volume, form } => tree::execute(&host, &sr, volume, form).map(|text| (text, true)),
         Command::Check { sr, options } => check::execute(&host, &sr, options),
+        Command::Status(options) => status::execute(&host, options).map(|text| (text, true)),
     };
     match done {
         Ok((text, is_well)) => {
