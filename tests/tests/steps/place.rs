@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -26,6 +27,9 @@ end "$PLACE/device"
 umount -l "$PLACE/device"
 rm -rf "$PLACE"
 "#;
+
+/// How long who was killed may take to be gone.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A directory; nothing of it is left when this is dropped or the process is killed.
 pub struct Place {
@@ -73,9 +77,18 @@ impl Place {
         run(Command::new("mount").args(["-t", "ext4", "-o", "loop,noauto_da_alloc"]).arg(image).arg(self.mounted()))
     }
 
-    /// Unmounts it.
+    /// Unmounts it, once those have gone that were killed.
     pub fn unmount(&self) -> Result<()> {
-        run(Command::new("umount").arg(self.mounted()))
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let result = run(Command::new("umount").arg(self.mounted()));
+            match result {
+                Err(error) if error.to_string().contains("busy") && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                result => return result,
+            }
+        }
     }
 }
 

@@ -48,7 +48,7 @@ pub fn assert_well(host: &Host, sr: &Path, options: &[&str]) {
 
 #[test]
 fn a_command_line_that_means_nothing_has_a_status_of_its_own() {
-    let host = Host { root: "/dev/null".into() };
+    let host = Host { root: "/nonexistent".into() };
     for arguments in [&[][..], &["check"], &["grow", "/a"], &["tree", "/a", "b"], &["check", "/a", "--dot"]] {
         let wrong = run(&host, arguments);
         assert_eq!((wrong.status, wrong.text.as_str()), (2, ""), "{arguments:?}");
