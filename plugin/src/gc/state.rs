@@ -45,6 +45,18 @@ pub struct Undone {
     pub failed: bool,
 }
 
+impl Undone {
+    /// Says what was not done: which node, or which tree.
+    pub fn subject(&self) -> String {
+        self.node.map_or_else(|| format!("tree {}", self.tree), |node| format!("node {node}"))
+    }
+
+    /// Says how it is with that.
+    pub fn how(&self) -> &'static str {
+        if self.failed { "failed" } else { "waits" }
+    }
+}
+
 impl Record for State {
     const FORMAT: u64 = 1;
 }
@@ -87,9 +99,14 @@ impl State {
         record::remove(&host.gc_dir(sr).with_extension("json"))
     }
 
+    /// Gives what the worker is doing, while it runs.
+    pub fn doing_now(&self, host: &Host) -> Option<&str> {
+        self.doing.as_deref().filter(|_| self.worker.is_alive(host))
+    }
+
     /// Gives which nodes are being merged, and how far that is.
     pub fn merging(&self, host: &Host) -> Option<&str> {
-        self.doing.as_deref().filter(|doing| doing.starts_with(MERGING) && self.worker.is_alive(host))
+        self.doing_now(host).filter(|doing| doing.starts_with(MERGING))
     }
 
     /// Gives what was left undone and still is: another host may have done it since.

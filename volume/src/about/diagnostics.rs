@@ -94,16 +94,15 @@ fn describe_gc(text: &mut String, host: &Host, sr: &Sr) {
         Ok(None) => return,
         Err(error) => return line::<&str>(text, 2, "gc", Err(error)),
     };
-    let doing = match &state.doing {
-        Some(doing) if state.worker.is_alive(host) => format!("process {}: {doing}", state.worker.pid),
-        Some(doing) => format!("was killed: {doing}"),
-        None => "ended".to_owned(),
+    let doing = match (state.doing_now(host), &state.doing) {
+        (Some(doing), _) => format!("process {}: {doing}", state.worker.pid),
+        (None, Some(doing)) => format!("was killed: {doing}"),
+        (None, None) => "ended".to_owned(),
     };
     line(text, 2, "gc", Ok::<_, plugin::Error>(format!("{doing}, {} nodes merged", state.merged)));
     for undone in state.still_undone(sr) {
-        let node = undone.node.map_or_else(|| format!("tree {}", undone.tree), |node| format!("node {node}"));
-        let how = if undone.failed { "failed" } else { "waits" };
-        line(text, 4, how, Ok::<_, plugin::Error>(format!("{node}: {}", undone.reason)));
+        let what = format!("{}: {}", undone.subject(), undone.reason);
+        line(text, 4, undone.how(), Ok::<_, plugin::Error>(what));
     }
 }
 

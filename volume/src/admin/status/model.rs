@@ -170,20 +170,16 @@ fn trees_of(host: &Host, sr: &Sr) -> Result<SrStatus> {
     for id in sr.tree_ids()? {
         let Some(loaded) = sr.read_tree(id)? else { continue };
         let tree = &loaded.tree;
-        let is_named = |node| tree.volumes.values().any(|volume| volume.node == node);
         status.trees += 1;
         status.volumes += tree.volumes.len();
-        status.hidden += tree.nodes.keys().filter(|node| !is_named(**node)).count();
+        status.hidden += tree.nodes.keys().filter(|node| !tree.is_named(**node)).count();
         let longest = tree.nodes.keys().map(|node| tree.chain(*node).len()).max().unwrap_or_default();
         status.longest_chain = status.longest_chain.max(longest);
     }
     status.gc = gc::State::load(host, sr.record.uuid)?.map(|state| {
-        let left = state.still_undone(sr).into_iter().map(|undone| {
-            let node = undone.node.map_or_else(|| format!("tree {}", undone.tree), |node| format!("node {node}"));
-            format!("{node} {}: {}", if undone.failed { "failed" } else { "waits" }, undone.reason)
-        });
-        let left = left.collect();
-        GcStatus { doing: state.doing.filter(|_| state.worker.is_alive(host)), merged: state.merged, left }
+        let left = state.still_undone(sr).into_iter();
+        let left = left.map(|undone| format!("{} {}: {}", undone.subject(), undone.how(), undone.reason));
+        GcStatus { doing: state.doing_now(host).map(str::to_owned), merged: state.merged, left: left.collect() }
     });
     Ok(status)
 }
