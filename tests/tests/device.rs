@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use fake_xapi::db::{ActiveDisk, VmRef};
 use fake_xapi::host::{Host, write_settings};
-use fake_xapi::scenario::Stage;
+use fake_xapi::scenario::{Stage, place_with};
 use fake_xapi::smapiv2::{Dp, Sr, Vdi, Vm};
 use fake_xapi::sxm::{self, Event, Flow, Migration, Observer};
 
@@ -221,10 +221,7 @@ async fn a_file_system_that_fio_writes_to_migrates_whole_with_its_snapshots() {
         assert!(Path::new(needed).exists(), "block devices need {needed}");
     }
     let binaries = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().unwrap();
-    // In memory, where there is room: syncing costs nothing there.
-    let free = rustix::fs::statvfs("/dev/shm").map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-    let place = if free >= 1 << 29 { "/dev/shm" } else { "/tmp" };
-    let stage = Stage::build(binaries, false, Path::new(place)).await.unwrap();
+    let stage = Stage::build(binaries, false, place_with(1 << 29)).await.unwrap();
     let (source, destination) = (Arc::clone(&stage.source), Arc::clone(&stage.destination));
     let _cleared = Cleared([Arc::clone(&source), Arc::clone(&destination)]);
     for host in [&source, &destination] {

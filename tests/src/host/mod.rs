@@ -223,6 +223,11 @@ impl Host {
         leftover::look(&self.root, &self.runtime_dir())
     }
 
+    /// Kills the storage daemon of a volume; gives how many there were.
+    pub fn kill_daemon(&self, volume: &str) -> usize {
+        self.kill(|command| command.contains("qemu-storage-daemon") && command.contains(volume))
+    }
+
     /// Kills the processes of this host's plugins whose command line is one that `matches`; gives how many there were.
     pub fn kill(&self, matches: impl Fn(&str) -> bool) -> usize {
         let mut killed = 0;

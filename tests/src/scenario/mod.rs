@@ -27,7 +27,7 @@ use anyhow::{Context, Result};
 
 pub use failing::FailAt;
 pub use machine::OnXapi;
-pub use stage::{Layout, Stage};
+pub use stage::{Layout, Stage, place_with};
 pub use subject::Subject;
 pub use verdict::Judged;
 pub use witness::Witness;

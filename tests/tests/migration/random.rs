@@ -2,10 +2,8 @@
 //!
 //! The plans are the same on every run. FAKE_XAPI_SEED chooses others, and FAKE_XAPI_PLANS how many a lane tries.
 
-use std::path::{Path, PathBuf};
-
 use fake_xapi::plan::Plan;
-use fake_xapi::scenario::{Outcome, Subject};
+use fake_xapi::scenario::{Outcome, Subject, place_with};
 use fake_xapi::sxm::Flow;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
@@ -26,13 +24,6 @@ fn number(variable: &str) -> Option<u32> {
     std::env::var(variable).ok().map(|text| text.parse().unwrap())
 }
 
-/// Memory, where syncing costs nothing, if there is room; the file systems' own part is for the other tests.
-fn place() -> PathBuf {
-    let memory = Path::new("/dev/shm");
-    let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-    if free >= ROOM { memory.to_owned() } else { PathBuf::from("/tmp") }
-}
-
 fn holds(flow: Flow, shard: u8) {
     let lane = |lane| move || try_plans(flow, shard * LANES + lane);
     let lanes = std::thread::scope(|scope| {
@@ -50,10 +41,10 @@ fn try_plans(flow: Flow, lane: u8) -> Result<(), TestError<Plan>> {
     seed[..4].copy_from_slice(&number("FAKE_XAPI_SEED").unwrap_or(0).to_le_bytes());
     let config = Config { cases, failure_persistence: None, max_shrink_time: 120_000, ..Config::default() };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let place = place();
+    let place = place_with(ROOM);
     let case = |plan: Plan| {
         let subject = Subject::of(plan.clone()).unwrap();
-        let Outcome { report, calls, .. } = runtime.block_on(migrate_in(&place, subject, flow, false));
+        let Outcome { report, calls, .. } = runtime.block_on(migrate_in(place, subject, flow, false));
         let seconds: Vec<_> = report.seconds.iter().map(|(phase, seconds)| format!("{phase} {seconds:.1}")).collect();
         println!("{} {lane}: {} steps, {}", flow.name(), plan.steps.len(), seconds.join(", "));
         match wrong(&report) {

@@ -1,6 +1,6 @@
 //! Two hosts, a disk at the one without a use for its plugins, and a guest that writes to it, while a test breaks things.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use fake_xapi::disk::{Inventory, RawCopy, Sr as SrFiles};
 use fake_xapi::host::write_settings;
 use fake_xapi::nbd::Client;
-use fake_xapi::scenario::Stage;
+use fake_xapi::scenario::{Stage, place_with};
 use fake_xapi::smapiv2::{self, Error};
 use fake_xapi::sxm::v1::{Disk, Import, Migrated, Stretch, Writer};
 use fake_xapi::sxm::{Event, Observer, Quiet};
@@ -28,15 +28,8 @@ const FEW: u64 = 5;
 const SETTINGS: &str = r#"{"handshake_seconds": 3, "peer_silence_seconds": 2,
     "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10}"#;
 
-/// Bytes that must be free in memory for worlds to be there.
+/// Bytes that must be free in memory, as what a loss of power does is not what breaks here, for worlds to be there.
 const ROOM: u64 = 512 << 20;
-
-/// Memory, where syncing costs nothing, if there is room: what a loss of power does is not what breaks here.
-fn place() -> PathBuf {
-    let memory = Path::new("/dev/shm");
-    let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-    PathBuf::from(if free >= ROOM { "/dev/shm" } else { "/tmp" })
-}
 
 /// A disk that was not migrated yet.
 pub struct World {
@@ -72,8 +65,8 @@ impl World {
     /// A disk that nobody writes to.
     pub async fn empty() -> Result<Self> {
         let binaries = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().context("a directory")?;
-        let directory = tempfile::Builder::new().prefix("fx-disk-").tempdir_in(place())?;
-        let stage = Stage::build(binaries, false, &place()).await?;
+        let directory = tempfile::Builder::new().prefix("fx-disk-").tempdir_in(place_with(ROOM))?;
+        let stage = Stage::build(binaries, false, place_with(ROOM)).await?;
         for host in [&stage.source, &stage.destination] {
             write_settings(host.root(), SETTINGS)?;
         }

@@ -347,9 +347,7 @@ impl Lane {
         let volumes = self.volumes(self.vm)?;
         let index = self.random.below(volumes.len());
         self.tell(format!("the daemon of disk {index} is killed"));
-        let volume = &volumes[index].0;
-        let killed =
-            self.here().host.kill(|command| command.contains("qemu-storage-daemon") && command.contains(volume));
+        let killed = self.here().host.kill_daemon(&volumes[index].0);
         ensure!(killed == 1, "{killed} daemons of disk {index}");
         self.disks.crash(index).await;
         self.reboot().await

@@ -138,8 +138,8 @@ impl Lane {
                     tokio::spawn(async move {
                         tokio::time::sleep(after).await;
                         let count = match harm {
-                            Break::SourceDaemon => kill_daemon(&from, &source),
-                            Break::DestinationDaemon => kill_daemon(&to, &destination),
+                            Break::SourceDaemon => from.kill_daemon(&source.0),
+                            Break::DestinationDaemon => to.kill_daemon(&destination.0),
                             _ => kill_supervisor(&from, &source),
                         };
                         done.store(count > 0, Ordering::SeqCst);
@@ -149,10 +149,6 @@ impl Lane {
         }
         Ok(killed)
     }
-}
-
-fn kill_daemon(host: &Host, volume: &Vdi) -> usize {
-    host.kill(|command| command.contains("qemu-storage-daemon") && command.contains(&volume.0))
 }
 
 /// Kills the supervisors whose mirrors are of a volume.

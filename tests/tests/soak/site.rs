@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use fake_xapi::db::Xapi;
 use fake_xapi::disk::Inventory;
 use fake_xapi::host::{Host, PluginSource, write_settings};
+use fake_xapi::scenario::place_with;
 use fake_xapi::script::CallLog;
 use fake_xapi::smapiv2::Sr;
 use tempfile::TempDir;
@@ -52,10 +53,7 @@ pub struct Site {
 impl Site {
     /// Starts two hosts and makes an SR on each for each lane.
     pub async fn build(lanes: usize) -> Result<Arc<Self>> {
-        let memory = Path::new("/dev/shm");
-        let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-        let place = if free >= ROOM { memory } else { Path::new("/tmp") };
-        let directory = tempfile::Builder::new().prefix("fx-").tempdir_in(place)?;
+        let directory = tempfile::Builder::new().prefix("fx-").tempdir_in(place_with(ROOM))?;
         let binaries = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().context("no directory")?.to_owned();
         let (plugins, log) = (PluginSource::Binaries(binaries), CallLog::default());
         let mut hosts = Vec::new();

@@ -41,9 +41,7 @@ impl Place {
     /// Makes one. What is mounted in it belongs on [`Self::mounted`], and a file that is exported as a device is
     /// [`Self::device`].
     pub fn new() -> Result<Self> {
-        let memory = Path::new("/dev/shm");
-        let place = if memory.is_dir() { memory } else { Path::new("/tmp") };
-        let path = tempfile::Builder::new().prefix("pw-").tempdir_in(place)?.keep();
+        let path = tempfile::Builder::new().prefix("pw-").tempdir_in(memory())?.keep();
         // In a group of its own, so that no signal for the tests meets it.
         let guard = Command::new("sh")
             .args(["-c", GUARD])
@@ -97,6 +95,12 @@ impl Drop for Place {
         drop(self.guard.stdin.take());
         let _ = self.guard.wait();
     }
+}
+
+/// Gives a directory in memory, where there is one.
+pub fn memory() -> &'static Path {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { memory } else { Path::new("/tmp") }
 }
 
 /// Runs a program that is to succeed.

@@ -14,6 +14,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
+use crate::place::memory;
+
 /// System calls that change what is on disk or start something; and those that may fail for want of space, or with an
 /// error of the disk.
 const CHANGING: [&str; 21] = [
@@ -112,9 +114,7 @@ pub struct Site {
 impl Site {
     /// Makes a host in memory, with a new SR or a copy of another's.
     pub fn new(like: Option<&Self>) -> Result<Self> {
-        let memory = Path::new("/dev/shm");
-        let place = if memory.is_dir() { memory } else { Path::new("/tmp") };
-        let directory = tempfile::Builder::new().prefix("st-").tempdir_in(place)?;
+        let directory = tempfile::Builder::new().prefix("st-").tempdir_in(memory())?;
         let path = directory.path().join("sr");
         let host = Uuid::new_v4().to_string();
         let Some(like) = like else {

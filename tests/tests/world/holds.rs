@@ -125,22 +125,18 @@ impl World {
 /// Data.stat answers from them until the volume is destroyed.
 fn beyond(left: Leftovers, runtime: &Path, but_for: Option<&str>) -> Leftovers {
     let Some(volume) = but_for else { return left };
+    let left = left.without_ended_mirrors();
     let own = runtime.join("volumes").join(volume);
-    let mirrors = runtime.join("mirrors");
     let mut daemons = 0;
     let processes = left.processes.into_iter().filter(|(_, command)| {
         let is_daemon = command.contains("qemu-storage-daemon") && command.contains(volume);
         daemons += usize::from(is_daemon);
         !is_daemon || daemons > 1
     });
-    let is_record = |path: &Path| {
-        let name = path.file_name().unwrap_or_default();
-        path.starts_with(&mirrors) && (name == "state.json" || name == "supervisor.log")
-    };
     Leftovers {
         processes: processes.collect(),
         sockets: left.sockets.into_iter().filter(|path| !Path::new(path).starts_with(&own)).collect(),
-        files: left.files.into_iter().filter(|path| !path.starts_with(&own) && !is_record(path)).collect(),
+        files: left.files.into_iter().filter(|path| !path.starts_with(&own)).collect(),
     }
 }
 

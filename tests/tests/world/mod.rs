@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use fake_xapi::db::VmRef;
 use fake_xapi::host::{Host, write_settings};
 use fake_xapi::plan::{self, Model, Plan};
-use fake_xapi::scenario::{OnXapi, Stage};
+use fake_xapi::scenario::{OnXapi, Stage, place_with};
 use fake_xapi::smapiv2::{Sr, Vdi};
 use fake_xapi::sxm::{self, Failed, Flow, Migrated, Migration};
 
@@ -42,19 +42,12 @@ pub const BRANCHES: &str = r#"{"size": 2097152, "steps": [
 const SETTINGS: &str = r#"{"handshake_seconds": 3, "peer_silence_seconds": 2,
     "drain_seconds": 3, "qmp_seconds": 5, "lock_seconds": 10}"#;
 
-/// Bytes that must be free in memory for worlds to be there.
+/// Bytes that must be free in memory, as what a loss of power does is not what breaks here, for worlds to be there.
 const ROOM: u64 = 512 << 20;
 
 /// The executables are built beside fake-xapi itself.
 pub fn binaries() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().unwrap().to_owned()
-}
-
-/// Memory, where syncing costs nothing, if there is room: what a loss of power does is not what breaks here.
-fn place() -> PathBuf {
-    let memory = Path::new("/dev/shm");
-    let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
-    PathBuf::from(if free >= ROOM { "/dev/shm" } else { "/tmp" })
 }
 
 /// What a failed migration failed with.
@@ -82,7 +75,7 @@ impl World {
     pub async fn installed(plugins: &Path, plan: &str, flow: Flow) -> Result<Self> {
         let plan = Plan::parse(plan.as_bytes())?;
         let model = plan.model()?;
-        let stage = Stage::build(plugins, false, &place()).await?;
+        let stage = Stage::build(plugins, false, place_with(ROOM)).await?;
         for host in [&stage.source, &stage.destination] {
             write_settings(host.root(), SETTINGS)?;
         }

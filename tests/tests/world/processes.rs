@@ -5,7 +5,7 @@ use fake_xapi::smapiv2::Vdi;
 
 /// Kills the storage daemon of a volume; true if there was one.
 pub fn kill_daemon(host: &Host, volume: &Vdi) -> bool {
-    host.kill(|command| command.contains("qemu-storage-daemon") && command.contains(&volume.0)) > 0
+    host.kill_daemon(&volume.0) > 0
 }
 
 /// Kills the supervisors of a host's mirrors; true if there was one.
