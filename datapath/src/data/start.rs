@@ -137,7 +137,8 @@ fn launch(host: &Host, record: &mut MirrorRecord, blocks: Option<&Blocks>) -> Re
     let arguments: [OsString; 2] = [ENTRY.into(), record.key.to_string().into()];
     let unit = format!("xapi-storage-qcow2-mirror@{}", record.key);
     let log = directory.join("supervisor.log");
-    let launch = Launch { unit: &unit, program: &program, arguments: &arguments, log: &log };
+    // Its record says what its spans hang from.
+    let launch = Launch { unit: &unit, program: &program, arguments: &arguments, log: &log, observed: false };
     // It closes the source that was opened for it.
     let process = launch.start_for(host, Sr::attached_path(host, record.sr).ok().as_deref())?;
     // Until it has written its own name into the record, another call would take it for dead.

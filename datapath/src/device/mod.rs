@@ -31,7 +31,7 @@ use plugin::id::VolumeKey;
 use plugin::nbd;
 use plugin::qemu::daemon::Sockets;
 use rustix::mount::{MountFlags, MountPropagationFlags};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use tokio::net::UnixStream;
 
 use crate::detached;
@@ -55,6 +55,11 @@ async fn run(host: &Host, directory: &Path, key: VolumeKey) -> Result<()> {
     let (stream, export) = tokio::time::timeout(patience, chosen).await.map_err(|_| timed_out())??;
     stream.set_nonblocking(false).map_err(|error| Error::io("taking the connection", error))?;
     let fuse = mount(&device::file(directory))?;
+    // It has all it needs. The threads that serve come from this one.
+    let none = CapabilitySet::empty();
+    let nothing = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    rustix::thread::set_capabilities(None, nothing)
+        .map_err(|error| Error::io("giving up capabilities", error.into()))?;
     serve::serve(fuse, stream, export)
 }
 

@@ -24,6 +24,7 @@ use plugin::error::Result;
 use plugin::host::Host;
 use plugin::id::VolumeKey;
 use plugin::qemu::daemon::Sockets;
+use plugin::trace;
 
 use crate::detached;
 
@@ -35,11 +36,17 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// Relays connections to the export of the volume `key` until the import ends. The exit status is for people.
 pub fn main(host: &Host, key: &str) -> ExitCode {
-    detached::run(host, "import", key, async |key| run(host, key).await)
+    trace::begin(host);
+    trace::name("import");
+    let code = detached::run(host, "import", key, async |key| run(host, key).await.inspect_err(trace::fail));
+    // By now nobody is served any more.
+    trace::end();
+    code
 }
 
 /// Takes descriptors and serves each in a task of its own.
 async fn run(host: &Host, key: VolumeKey) -> Result<()> {
+    trace::tag("qcow2.volume", key);
     let directory = host.volume_dir(key);
     let patience = Duration::from_secs(host.settings()?.handshake_seconds);
     let path = import_socket(&directory);
@@ -68,15 +75,22 @@ async fn one(control: receive::Control, patience: Duration, directory: PathBuf, 
     };
     let (stream, datapath) = connection;
     tracing::info!(volume = %key, datapath, "importing");
+    trace::note("a client has come");
+    let _timed = trace::timed("client", "");
     match serve::serve(stream, &Sockets::of(&directory).nbd(), &key.to_string()).await {
-        Ok(serve::Left::Idle) => tracing::info!(volume = %key, datapath, "the importing client has gone"),
+        Ok(serve::Left::Idle) => {
+            tracing::info!(volume = %key, datapath, "the importing client has gone");
+            trace::note("a client has gone");
+        }
         Ok(serve::Left::Abruptly) => {
             // A tapdisk says goodbye unless it has given its mirror up (blktap `drivers/block-nbd.c`, tdnbd_close).
             tracing::warn!(volume = %key, datapath, "the importing client has gone without a goodbye");
+            trace::note("a client has gone without a goodbye");
             note_broken_import(&directory, "its client has gone without a goodbye");
         }
         Err(error) => {
             tracing::warn!(volume = %key, datapath, error = error.chain(), "an import was cut off");
+            trace::fail(&error);
             note_broken_import(&directory, &error.chain());
         }
     }

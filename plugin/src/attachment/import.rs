@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,20 @@ use crate::qemu;
 
 /// The file beside an import's socket that tells how it broke.
 const BROKEN: &str = "import.broken";
+
+/// How long a relay that was asked to end may take, before it is killed: it has to write its spans.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// Asks a relay to end. It looks whether its socket is still in its place whenever somebody comes, so the socket gets
+/// another name, by which somebody comes.
+fn ask_to_end(socket: &Path) {
+    let ended = socket.with_extension("end");
+    // What cannot be asked is killed.
+    if fs::rename(socket, &ended).is_ok() {
+        drop(UnixStream::connect(&ended));
+        let _ = fs::remove_file(ended);
+    }
+}
 
 /// Notes that an import's client has lost writes, or may have: for the deactivation that ends it.
 pub fn note_broken_import(directory: &Path, reason: &str) {
@@ -60,7 +75,8 @@ impl Attachment {
         let program = this_program()?;
         let unit = format!("xapi-storage-qcow2-import@{}", self.state.volume);
         let log = self.directory.join("import.log");
-        let relay = Launch { unit: &unit, program: &program, arguments, log: &log }.start(&self.host)?;
+        let launch = Launch { unit: &unit, program: &program, arguments, log: &log, observed: true };
+        let relay = launch.start(&self.host)?;
         self.state.import = Some(Import { domain: owner, relay });
         self.save()?;
         let deadline = Instant::now() + self.settings.qmp();
@@ -111,10 +127,13 @@ impl Attachment {
         if !ends(&import.domain) {
             return Ok(());
         }
-        let _ = fs::remove_file(socket);
-        if !import.relay.is_alive(&self.host) {
+        if import.relay.is_alive(&self.host) {
+            ask_to_end(&socket);
+            import.relay.wait(&self.host, GRACE);
+        } else {
             note_broken_import(&self.directory, "its process was killed");
         }
+        let _ = fs::remove_file(socket);
         import.relay.kill(&self.host, self.settings.qmp())?;
         self.state.import = None;
         self.save()

@@ -31,9 +31,10 @@ pub fn start(host: &Host, directory: &Path, volume: VolumeKey) -> Result<Process
     let made = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
     made.map_err(Error::on("making", &path))?;
     let program = this_program()?;
-    let unit = format!("xapi-storage-qcow2-device-{volume}");
+    let unit = format!("xapi-storage-qcow2-device@{volume}");
     let arguments = [ENTRY.into(), directory.into()];
-    Launch { unit: &unit, program: &program, arguments: &arguments, log: &directory.join(LOG) }.start(host)
+    let log = directory.join(LOG);
+    Launch { unit: &unit, program: &program, arguments: &arguments, log: &log, observed: false }.start(host)
 }
 
 /// Waits until a server shows its file, and opens that.

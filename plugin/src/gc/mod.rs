@@ -18,16 +18,18 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::failures::Failure;
-use crate::host::{Host, Launch, Process, ROOT_VARIABLE, this_program};
+use crate::host::{Host, Launch, Process, ROOT_VARIABLE, service, this_program};
 use crate::id::{SrUuid, TreeId};
 use crate::lock::FileLock;
 use crate::log::{self, LevelFilter};
 use crate::store::Sr;
+use crate::trace;
 pub use state::{State, Undone};
 
 /// The argument by which an executable is a worker; an SR's uuid or path follows.
@@ -65,7 +67,7 @@ pub fn start(host: &Host, sr: &Sr) {
             Some(lock) => drop(std::fs::remove_file(lock.path())),
             None => return Ok(()),
         }
-        launch(host, sr.record.uuid)
+        launch(host, sr)
     });
     if let Err(error) = started {
         tracing::warn!(error = error.chain(), "space is brought back later");
@@ -79,6 +81,8 @@ pub fn start(host: &Host, sr: &Sr) {
 ///
 /// [`Error::Timeout`] when it does not end.
 pub fn stop(host: &Host, sr: SrUuid) -> Result<()> {
+    // What systemd has not started yet finds that nobody asks for it.
+    service::forget(host, &unit(sr), Duration::ZERO)?;
     for worker in workers(host, sr)? {
         worker.kill(host, host.settings()?.qmp())?;
     }
@@ -102,36 +106,57 @@ fn workers(host: &Host, sr: SrUuid) -> Result<Vec<Process>> {
         let words = |name| std::fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
         let line = words("cmdline");
         let ends = format!("\0{ENTRY}\0{sr}\0");
+        // A service that is about to become one.
+        let becomes = format!("\0{}\0{}", service::ENTRY, unit(sr));
         let environment = words("environ");
         let value = |word: &'_ [u8]| Some(word.strip_prefix(ROOT_VARIABLE.as_bytes())?.strip_prefix(b"=")?.to_vec());
         let root = environment.split(|byte| *byte == 0).find_map(value);
         let root = root.as_deref().map_or(Path::new("/"), |root| Path::new(OsStr::from_bytes(root)));
-        line.ends_with(ends.as_bytes()) && root == host.root()
+        let contains = |part: &str| line.windows(part.len()).any(|window| window == part.as_bytes());
+        (line.ends_with(ends.as_bytes()) || contains(&becomes)) && root == host.root()
     };
     Ok(pids.filter(is_worker).filter_map(|pid| Process::of_pid(host, pid).ok()).collect())
 }
 
-fn launch(host: &Host, sr: SrUuid) -> Result<()> {
+/// Gives how the units of an SR's workers begin.
+fn unit(sr: SrUuid) -> String {
+    format!("xapi-storage-qcow2-gc@{sr}.")
+}
+
+fn launch(host: &Host, sr: &Sr) -> Result<()> {
     let program = this_program()?;
     // Another one that uses this library, as tests do, does not know the argument.
     if !program.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(EXECUTABLES)) {
         return Ok(());
     }
-    let arguments: [OsString; 2] = [ENTRY.into(), sr.to_string().into()];
-    let unit = format!("xapi-storage-qcow2-gc-{sr}-{}", Uuid::new_v4().simple());
-    let launch = Launch { unit: &unit, program: &program, arguments: &arguments, log: Path::new("/dev/null") };
-    launch.start(host).map(drop)
+    let uuid = sr.record.uuid;
+    let arguments: [OsString; 2] = [ENTRY.into(), uuid.to_string().into()];
+    // One may wait for the one before it.
+    let unit = format!("{}{}", unit(uuid), Uuid::new_v4().simple());
+    let log = Path::new("/dev/null");
+    Launch { unit: &unit, program: &program, arguments: &arguments, log, observed: true }
+        .start_unwatched(host, Some(&sr.path))
 }
 
 /// Does a worker's work, for the SR whose uuid or path is given. How it ends is for the exit status, the log and
 /// [`State`].
 pub fn main(host: &Host, sr: &OsStr) -> ExitCode {
     log::start(host, LevelFilter::INFO);
+    trace::begin(host);
+    trace::name("gc");
     let uuid = sr.to_str().and_then(|text| text.parse::<SrUuid>().ok());
     let sr = uuid.map_or_else(|| Sr::open(Path::new(sr)), |uuid| Sr::attached(host, uuid));
     let span = tracing::error_span!("gc", method = "gc", sr = uuid.as_ref().map(tracing::field::display));
     let _entered = span.enter();
-    match sr.and_then(|sr| worker::run(host, &sr, uuid.is_some())) {
+    if let Some(uuid) = uuid {
+        trace::tag("qcow2.sr", uuid);
+    }
+    let done = sr.and_then(|sr| worker::run(host, &sr, uuid.is_some()));
+    if let Err(error) = &done {
+        trace::fail(error);
+    }
+    trace::end();
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = error.chain(), "space is not brought back");

@@ -14,6 +14,7 @@ use crate::qemu::merge::{self, Copied};
 use crate::qemu::{block_on, storage_daemon};
 use crate::store::coalesce::{Ended, Merging, Next, Tried};
 use crate::store::{Merge, Sr};
+use crate::trace;
 
 /// How often a worker that waits for the one before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_secs(1);
@@ -76,7 +77,10 @@ fn work(host: &Host, sr: &Sr) -> Result<()> {
         }
     }
     worker.tell(None);
-    tracing::info!(merged = worker.state.merged, undone = worker.state.undone.len(), "done");
+    let (merged, undone) = (worker.state.merged, worker.state.undone.len());
+    tracing::info!(merged, undone, "done");
+    trace::tag("qcow2.merged", merged);
+    trace::tag("qcow2.undone", undone);
     drop(fs::remove_dir_all(&directory));
     if worker.state.undone.is_empty() { State::remove(host, uuid) } else { Ok(()) }
 }
@@ -145,6 +149,7 @@ impl Worker<'_> {
     fn merge(&mut self, merging: Merging) -> Result<Ended> {
         let open = merging.live.map_or_else(String::new, |live| format!(", open for volume {}", live.volume));
         let Merge { lower, upper, direction } = merging.merge;
+        let _timed = trace::timed("merge", &format!("{lower} {upper}"));
         let what = format!("{MERGING}{lower} and {upper}, {direction:?}{open}");
         tracing::info!(what, bytes = merging.bytes, "begins");
         self.tell(Some(what.clone()));

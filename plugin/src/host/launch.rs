@@ -17,6 +17,7 @@ use rustix::process::{Resource, Rlimit};
 use super::{Host, Process, ROOT_VARIABLE, service};
 use crate::error::{Error, Result};
 use crate::log::LOG_VARIABLE;
+use crate::trace;
 
 /// Where systemd puts a directory when it is PID 1 (sd_booted(3)).
 const SYSTEMD_RUNS: &str = "/run/systemd/system";
@@ -46,6 +47,8 @@ pub struct Launch<'a> {
     pub arguments: &'a [OsString],
     /// The file that takes its standard output and error, emptied first.
     pub log: &'a Path,
+    /// Whether it writes spans of its own (`trace::begin`), which hang from that of the process that starts it.
+    pub observed: bool,
 }
 
 impl Launch<'_> {
@@ -69,16 +72,39 @@ impl Launch<'_> {
     ///
     /// When the program cannot be started.
     pub fn start_for(&self, host: &Host, sr: Option<&Path>) -> Result<Process> {
-        if is_under_systemd(host) && service::has_template(self.unit) {
+        if self.is_service(host) {
             return service::start(host, self, sr);
         }
+        self.start_here(host)
+    }
+
+    /// Starts a program that nobody waits for, not even for its beginning; otherwise as [`Self::start_for`]. No two of them
+    /// have the same unit.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be asked for. That a service does not start then is for the journal.
+    pub fn start_unwatched(&self, host: &Host, sr: Option<&Path>) -> Result<()> {
+        if self.is_service(host) {
+            return service::start_unwatched(host, self, sr);
+        }
+        self.start_here(host).map(drop)
+    }
+
+    /// Tells whether the program is to be a service.
+    fn is_service(&self, host: &Host) -> bool {
+        is_under_systemd(host) && service::has_template(self.unit)
+    }
+
+    /// Starts the program in a scope, or plainly.
+    fn start_here(&self, host: &Host) -> Result<Process> {
         let mut options = OpenOptions::new();
         let log = options.write(true).create(true).truncate(true).mode(0o600).open(self.log);
         let log = log.map_err(Error::on("opening", self.log))?;
         let second = log.try_clone().map_err(Error::on("opening", self.log))?;
         let mut command = self.command(host);
         command.current_dir("/").stdin(Stdio::null()).stdout(log).stderr(second);
-        command.env_clear().envs(environment(host));
+        command.env_clear().envs(self.environment(host));
         // SAFETY: the closure runs between fork and exec, where only async-signal-safe functions may be called: it
         // makes plain system calls and neither allocates nor locks.
         #[allow(unsafe_code)]
@@ -95,6 +121,19 @@ impl Launch<'_> {
             doing: format!("starting {}", self.program.display()),
             reason: "its process cannot be named".to_owned(),
         })
+    }
+
+    /// Gives the environment of what is started.
+    pub(super) fn environment(&self, host: &Host) -> Vec<(&'static str, OsString)> {
+        let mut variables = vec![("LC_ALL", "C".into()), ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".into())];
+        if host.root() != Path::new("/") {
+            variables.push((ROOT_VARIABLE, host.root().into()));
+        }
+        variables.extend(std::env::var_os(LOG_VARIABLE).map(|filter| (LOG_VARIABLE, filter)));
+        if self.observed {
+            variables.extend(trace::environment());
+        }
+        variables
     }
 
     /// Gives the command line, through systemd-run where systemd is there and the host is the machine itself.
@@ -114,16 +153,6 @@ impl Launch<'_> {
 /// Tells whether systemd runs and the host is the machine itself.
 fn is_under_systemd(host: &Host) -> bool {
     host.root() == Path::new("/") && Path::new(SYSTEMD_RUNS).is_dir()
-}
-
-/// Gives the environment of what is started.
-pub(super) fn environment(host: &Host) -> Vec<(&'static str, OsString)> {
-    let mut variables = vec![("LC_ALL", "C".into()), ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".into())];
-    if host.root() != Path::new("/") {
-        variables.push((ROOT_VARIABLE, host.root().into()));
-    }
-    variables.extend(std::env::var_os(LOG_VARIABLE).map(|filter| (LOG_VARIABLE, filter)));
-    variables
 }
 
 /// Gives the words before a command line that put it into a scope: systemd-run asks for the scope with its own
@@ -212,7 +241,8 @@ mod tests {
         let host = Host::at(dir.path());
         let log = dir.path().join("log");
         let arguments = ["-c".into(), script.into()];
-        let launch = Launch { unit: "test", program: Path::new("/bin/sh"), arguments: &arguments, log: &log };
+        let launch =
+            Launch { unit: "test", program: Path::new("/bin/sh"), arguments: &arguments, log: &log, observed: false };
         let process = launch.start(&host).unwrap();
         assert!(process.wait(&host, Duration::from_secs(60)));
         fs::read_to_string(log).unwrap()
@@ -246,7 +276,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (log, host) = (dir.path().join("log"), Host::at(dir.path()));
         for _ in 0..20 {
-            let launch = Launch { unit: "test", program: Path::new("/bin/true"), arguments: &[], log: &log };
+            let launch =
+                Launch { unit: "test", program: Path::new("/bin/true"), arguments: &[], log: &log, observed: false };
             assert!(launch.start(&host).unwrap().wait(&host, std::time::Duration::from_secs(20)));
         }
     }
@@ -255,7 +286,8 @@ mod tests {
     fn a_program_that_is_not_there_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
-        let launch = Launch { unit: "test", program: Path::new("/nonexistent"), arguments: &[], log: &log };
+        let launch =
+            Launch { unit: "test", program: Path::new("/nonexistent"), arguments: &[], log: &log, observed: false };
         assert!(matches!(launch.start(&Host::at(dir.path())), Err(Error::Io { .. })));
     }
 }

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::launch::{Launch, UNIT_DIRECTORIES, environment};
+use super::launch::{Launch, UNIT_DIRECTORIES};
 use super::{Host, Process};
 use crate::error::{Error, Result};
 use crate::log::{self, LevelFilter};
@@ -36,6 +36,9 @@ pub const ENTRY: &str = "service";
 
 /// Where systemctl may be.
 const SYSTEMCTL: [&str; 2] = ["/usr/bin/systemctl", "/bin/systemctl"];
+
+/// How long what nobody waits for may take to begin. systemd gives up sooner.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// The file in a launch's directory that says what to run.
 const ORDER: &str = "order.json";
@@ -53,6 +56,9 @@ struct Order {
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
     log: PathBuf,
+    /// Whether nobody waits for the start, so that nobody but the service clears away what it was started by.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    unwatched: bool,
 }
 
 impl Record for Order {
@@ -87,8 +93,8 @@ pub(super) fn has_template(unit: &str) -> bool {
 pub(super) fn start(host: &Host, launch: &Launch<'_>, sr: Option<&Path>) -> Result<Process> {
     let service = format!("{}.service", launch.unit);
     let directory = directory(host, &service);
-    let started = prepare(host, launch, &directory, sr).and_then(|()| {
-        systemctl(&service, host.settings()?.qmp())?;
+    let started = prepare(host, launch, &directory, sr, false).and_then(|()| {
+        systemctl(&["restart", &service], host.settings()?.qmp())?;
         let started: Started = record::read(&directory.join(STARTED))?;
         Ok(started.process)
     });
@@ -99,13 +105,54 @@ pub(super) fn start(host: &Host, launch: &Launch<'_>, sr: Option<&Path>) -> Resu
     started
 }
 
+/// Asks for a program as the service `<unit>.service`, whose name no other has, and goes on.
+///
+/// # Errors
+///
+/// [`Error::Timeout`] when systemd does not answer.
+pub(super) fn start_unwatched(host: &Host, launch: &Launch<'_>, sr: Option<&Path>) -> Result<()> {
+    let service = format!("{}.service", launch.unit);
+    let template = launch.unit.split_once('@').map_or(launch.unit, |(template, _)| template);
+    if let Err(error) = forget(host, &format!("{template}@"), FORGOTTEN) {
+        tracing::warn!(error = error.chain(), "what services were started by is left");
+    }
+    let directory = directory(host, &service);
+    prepare(host, launch, &directory, sr, true)?;
+    let asked = systemctl(&["--no-block", "restart", &service], host.settings()?.qmp());
+    if asked.is_err() {
+        let _ = fs::remove_dir_all(&directory);
+    }
+    asked
+}
+
+/// Takes back what services whose names begin with `prefix` were asked to be, if it is older than `age` and they have not
+/// begun: then they do not become anything.
+///
+/// # Errors
+///
+/// When it cannot be looked at.
+pub(crate) fn forget(host: &Host, prefix: &str, age: Duration) -> Result<()> {
+    let launches = host.runtime_dir().join("launch");
+    let entries = match fs::read_dir(&launches) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(Error::on("listing", &launches))?,
+    };
+    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)) {
+        let made = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        if age.is_zero() || made.and_then(|made| made.elapsed().ok()).is_some_and(|elapsed| elapsed >= age) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
 /// Gives the directory of a service's start.
 fn directory(host: &Host, service: &str) -> PathBuf {
     host.runtime_dir().join("launch").join(service)
 }
 
 /// Writes down what the service is to be.
-fn prepare(host: &Host, launch: &Launch<'_>, directory: &Path, sr: Option<&Path>) -> Result<()> {
+fn prepare(host: &Host, launch: &Launch<'_>, directory: &Path, sr: Option<&Path>, unwatched: bool) -> Result<()> {
     if directory.exists() {
         fs::remove_dir_all(directory).map_err(Error::on("removing", directory))?;
     }
@@ -117,11 +164,13 @@ fn prepare(host: &Host, launch: &Launch<'_>, directory: &Path, sr: Option<&Path>
         format: Order::FORMAT,
         program: launch.program.to_owned(),
         arguments: launch.arguments.iter().map(text).collect::<Result<_>>()?,
-        environment: environment(host)
+        environment: launch
+            .environment(host)
             .into_iter()
             .map(|(name, value)| Ok((name.to_owned(), text(&value)?)))
             .collect::<Result<_>>()?,
         log: launch.log.to_owned(),
+        unwatched,
     };
     if let Some(sr) = sr {
         let link = directory.join(SR);
@@ -130,15 +179,17 @@ fn prepare(host: &Host, launch: &Launch<'_>, directory: &Path, sr: Option<&Path>
     record::write(&directory.join(ORDER), &order, Durability::UntilReboot)
 }
 
-/// Has systemd start a service, and waits until its process is about to become the program.
-fn systemctl(service: &str, patience: Duration) -> Result<()> {
-    let doing = || format!("starting {service}");
+/// Has systemd start a service, and waits until it says that this is done: for `restart` alone, until the service's
+/// process is about to become the program.
+fn systemctl(words: &[&str], patience: Duration) -> Result<()> {
+    let doing = || format!("starting {}", words.last().unwrap_or(&"nothing"));
     let program = SYSTEMCTL.into_iter().find(|path| Path::new(path).is_file());
     let program =
         program.ok_or_else(|| Error::Qemu { doing: doing(), reason: "there is no systemctl".to_owned() })?;
     // Not `start`, which does nothing while systemd has not noticed yet that an earlier one has ended.
     let mut child = Command::new(program)
-        .args(["--no-ask-password", "restart", service])
+        .arg("--no-ask-password")
+        .args(words)
         .env_clear()
         .env("LC_ALL", "C")
         .env("PATH", "/usr/bin:/bin")
@@ -187,8 +238,13 @@ fn become_program(host: &Host, service: &str) -> Result<std::convert::Infallible
     let log = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&order.log);
     let log = log.map_err(Error::on("opening", &order.log))?;
     let second = log.try_clone().map_err(Error::on("opening", &order.log))?;
-    let started = Started { format: Started::FORMAT, process: Process::current(host)? };
-    record::write(&directory.join(STARTED), &started, Durability::UntilReboot)?;
+    if order.unwatched {
+        // What is gone by now was taken back.
+        fs::remove_dir_all(&directory).map_err(Error::on("removing", &directory))?;
+    } else {
+        let started = Started { format: Started::FORMAT, process: Process::current(host)? };
+        record::write(&directory.join(STARTED), &started, Durability::UntilReboot)?;
+    }
     notify()?;
     let mut command = Command::new(&order.program);
     command.args(&order.arguments).env_clear().envs(order.environment).current_dir("/");

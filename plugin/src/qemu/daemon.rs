@@ -88,8 +88,8 @@ pub async fn spawn(host: &Host, directory: &Path, unit: &str, sr: Option<&Path>)
     let deadline = Instant::now() + settings.qmp();
     loop {
         remove_files(directory)?;
-        let process =
-            Launch { unit, program: &program.path, arguments: &arguments, log: &log }.start_for(host, sr)?;
+        let process = Launch { unit, program: &program.path, arguments: &arguments, log: &log, observed: false }
+            .start_for(host, sr)?;
         let (error, is_deaf) = match make_ready(host, &process, directory, &program, &settings, deadline).await {
             Ok(()) => return Ok(process),
             Err(Startup::Deaf(error)) => (error, true),

@@ -4,7 +4,7 @@
 //!   xapi's span ── call ──┬── QMP blockdev-snapshot
 //!                         ├── qemu-img create
 //!                         ├── lock tree
-//!                         └── mirror           the supervisor's, which outlives the call
+//!                         └── mirror           of a process that outlives the call, as are copy, import and gc
 //! ```
 //!
 //! Nothing is recorded, and nothing costs anything, unless xapi has an observer of storage and the trace is one that it
@@ -15,6 +15,7 @@ mod context;
 mod observer;
 mod zipkin;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -60,7 +61,8 @@ pub struct Origin {
     pub observers: PathBuf,
 }
 
-/// Begins to record this process, if xapi's observers want that: by what xapi-storage-script puts into the environment.
+/// Begins to record this process, if xapi's observers want that: by what xapi-storage-script puts into the environment, or
+/// the call that started it ([`environment`]).
 pub fn begin(host: &Host) {
     let Some(directory) = std::env::var_os(observer::VARIABLE).and_then(|value| value.into_string().ok()) else {
         return;
@@ -113,6 +115,13 @@ pub fn origin() -> Option<Origin> {
     let recorder = RECORDER.get()?;
     let parent = Parent { trace: recorder.trace, span: lock(&recorder.own).id, is_sampled: true };
     Some(Origin { parent: parent.to_string(), observers: recorder.directory.clone() })
+}
+
+/// Gives the variables by which a process that is started now goes on with the trace, as xapi-storage-script's do for a
+/// script: nothing where none is recorded.
+pub fn environment() -> Vec<(&'static str, OsString)> {
+    let Some(origin) = origin() else { return Vec::new() };
+    vec![(VARIABLE, origin.parent.into()), (observer::VARIABLE, origin.observers.into())]
 }
 
 /// Names this process's span.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stderr, clippy::print_stdout, reason = "a test talks to people")]
 
+mod booted;
 mod scratch;
 mod service;
 #[path = "../world/mod.rs"]

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -144,4 +146,88 @@ fn what_a_call_waits_for_hangs_from_its_span_and_its_failure_is_told() {
     assert!(resize["tags"]["error"].as_str().unwrap().contains("size"), "{resize}");
     // Without a place in a trace it begins one, as observer.py does.
     assert!(resize.get("parentId").is_none() && resize["traceId"] != attach["traceId"], "{resize}");
+}
+
+/// Waits for the span of a process that outlives the call that starts it, and gives all that were written by then.
+fn wait_for(site: &Site, name: &str) -> Vec<Value> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let spans: Vec<Value> = written(&site.root).into_iter().flatten().collect();
+        if spans.iter().any(|span| span["name"] == name) {
+            return spans;
+        }
+        assert!(Instant::now() < deadline, "no span {name}, but {spans:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Finds the one span of a name, and holds it to be well formed and to hang from another.
+fn hanging<'a>(spans: &'a [Value], name: &str, from: &str) -> &'a Value {
+    let of = |name: &str| {
+        let found: Vec<_> = spans.iter().filter(|span| span["name"] == name).collect();
+        assert_eq!(found.len(), 1, "{name} in {spans:?}");
+        found[0]
+    };
+    let (child, parent) = (of(name), of(from));
+    assert_formed(child);
+    assert_eq!((&child["traceId"], &child["parentId"]), (&parent["traceId"], &parent["id"]), "{child} and {parent}");
+    child
+}
+
+/// Writes to all images of an SR in which nothing is active, where they have nothing yet.
+fn write_to_images(site: &Site) {
+    let uri = site.configuration()["uri"].as_str().unwrap().to_owned();
+    let trees = Path::new(uri.strip_prefix("file://").unwrap()).join("trees");
+    let files = fs::read_dir(trees).unwrap().flat_map(|tree| fs::read_dir(tree.unwrap().path()).unwrap());
+    let images: Vec<_> = files
+        .map(|file| file.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|end| end == "qcow2"))
+        .collect();
+    let count = images.len();
+    for image in images {
+        let write = format!("write -q {}k 64k", 64 * count);
+        let status = Command::new("qemu-io").args(["-f", "qcow2", "-c", &write]).arg(image).status();
+        assert!(status.unwrap().success());
+    }
+}
+
+#[test]
+fn the_worker_that_brings_space_back_hangs_from_the_call_that_started_it() {
+    let site = Site::new();
+    std::fs::write(site.root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": true}"#).unwrap();
+    let volume = site.create();
+    write_to_images(&site);
+    let snapshot = site.call("Volume.snapshot", json!({"key": volume}))["key"].clone();
+    // What the upper one has of its own is copied.
+    write_to_images(&site);
+    observe(&site.root);
+    let parent = golden()["traceparent"].as_str().unwrap().to_owned();
+    let destroy = json!({"sr": site.sr, "key": snapshot, "dbg": "task"});
+    assert!(traced(&site, "Volume.destroy", &destroy, Some(&parent)));
+    let spans = wait_for(&site, "gc");
+    let gc = hanging(&spans, "gc", "Volume.destroy");
+    assert_eq!((&gc["tags"]["qcow2.sr"], &gc["tags"]["qcow2.merged"]), (&json!(site.sr), &json!("1")));
+    assert!(gc["tags"].get("otel.status_code").is_none(), "{gc}");
+    // What took its time in it hangs from it.
+    let merged = spans.iter().find(|span| span["name"].as_str().unwrap().starts_with("merge "));
+    assert_eq!(merged.unwrap()["parentId"], gc["id"]);
+}
+
+#[test]
+fn an_import_hangs_from_the_call_that_started_it_and_ends_with_its_domain() {
+    let site = Site::new();
+    let volume = site.create();
+    let domain = json!({"uri": site.uri(&volume), "domain": "MIRx", "dbg": "task"});
+    site.call("Datapath.attach", domain.clone());
+    site.call("Datapath.activate", domain.clone());
+    observe(&site.root);
+    let parent = golden()["traceparent"].as_str().unwrap().to_owned();
+    assert!(traced(&site, "Datapath.import_activate", &domain, Some(&parent)));
+    assert!(!written(&site.root).iter().flatten().any(|span| span["name"] == "import"), "it goes on");
+    site.call("Datapath.deactivate", domain.clone());
+    // Its process has ended by now.
+    let spans: Vec<Value> = written(&site.root).into_iter().flatten().collect();
+    let import = hanging(&spans, "import", "Datapath.import_activate");
+    assert_eq!(import["tags"]["qcow2.volume"], json!(volume));
+    site.call("Datapath.detach", domain);
 }
