@@ -45,13 +45,19 @@ async fn merging(settings: &Settings, stage: &Stage, measured: &mut Measured) ->
     for _ in 0..scale.snapshots.div_ceil(4) {
         let snapshot = call::snapshot(host, sr, &volume).await?;
         // What is written to its overlay is what there is to merge.
-        without.push(guest.longest_in(scale.window, async || Ok(())).await?);
+        guest.longest_in(scale.window, async || Ok(())).await?;
         call::destroy(host, sr, &snapshot).await?;
+        let began = Instant::now();
         let merge = async || {
             took.push(call::program(host, &script, &arguments).await?);
             Ok(())
         };
         during.push(guest.longest_in(scale.window, merge).await?);
+        // The longest of many is longer than that of a few: it is watched for as long, and on a new overlay too.
+        let as_long = began.elapsed();
+        let snapshot = call::snapshot(host, sr, &volume).await?;
+        without.push(guest.longest_in(as_long, async || Ok(())).await?);
+        call::destroy(host, sr, &snapshot).await?;
     }
     let (count, median) = guest.stop().await?;
     call::unplug(host, &volume, "8").await?;
@@ -62,7 +68,7 @@ async fn merging(settings: &Settings, stage: &Stage, measured: &mut Measured) ->
     );
     measured.add(
         Figure::new("merge", "the longest write while nodes are merged", Unit::Seconds, during)
-            .against("the same time without", without)
+            .against("the same time without, on a new overlay too", without)
             .bar(Bar::More(0.050))
             .note(note),
     );
