@@ -1,6 +1,7 @@
 //! Disks judged by QEMU's own tools and by the files of an SR, never by the code under test.
 //!
 //! - [`qemu_img`] runs qemu-img: chains, comparison, checks, raw copies, allocation. Every image may be in use.
+//! - [`known`] remembers what it has said of small files.
 //! - [`Sr`] reads an SR's directory: the backing links in the qcow2 headers, and the records beside them.
 //! - [`Topology`] is which volume's content is based on which other's, nodes that no volume names contracted away.
 //! - [`judge()`] holds the pairs of a migration against each other.
@@ -9,6 +10,7 @@
 
 mod content;
 mod judge;
+pub mod known;
 pub mod qemu_img;
 mod quiet;
 mod sr;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::{qemu_img, quiet};
+use super::{known, qemu_img, quiet};
 
 /// Where the parent of a node is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,6 +120,22 @@ impl Sr {
         self.trees.iter().find(|tree| tree.volumes.contains_key(volume))
     }
 
+    /// The file of the node that a volume names and those of all that it is based on by the headers, top first.
+    ///
+    /// # Errors
+    /// As [`Self::node_of`].
+    pub fn chain_of(&self, volume: &str) -> Result<Vec<&Path>> {
+        let mut node = self.node_of(volume)?;
+        let nodes = self.tree_of(volume).map(|tree| &tree.nodes);
+        let mut chain = vec![node.image.as_path()];
+        while let Some(below) = nodes.and_then(|nodes| nodes.get(node.backing.as_ref()?)) {
+            ensure!(!chain.contains(&below.image.as_path()), "{} is based on itself", below.image.display());
+            chain.push(&below.image);
+            node = below;
+        }
+        Ok(chain)
+    }
+
     /// The node that a volume names.
     ///
     /// # Errors
@@ -161,7 +177,7 @@ impl Sr {
     pub fn check(&self) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for node in self.trees.iter().flat_map(|tree| tree.nodes.values()) {
-            let check = qemu_img::check(&node.image)?;
+            let check = known::of(&[&node.image], || qemu_img::check(&node.image))?;
             if check.corruptions > 0 || check.check_errors > 0 {
                 found.push(format!("{}: {check:?}", node.image.display()));
             }
@@ -271,7 +287,8 @@ fn read_tree(directory: &Path) -> Result<Tree> {
             continue;
         }
         let uuid = image.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let info = qemu_img::info(&image)?;
+        // Of it all that does not depend on where the file is.
+        let info = known::of(&[&image], || qemu_img::info(&image))?;
         let backing = info.backing_filename.as_deref().map(|name| sibling(&image, name)).transpose()?;
         let recorded = record.nodes.get(&uuid);
         let parent = recorded.and_then(|node| node.parent.clone());

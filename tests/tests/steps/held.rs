@@ -1,9 +1,10 @@
 //! What the images of a volume hold, as qemu-img reads them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use anyhow::Result;
-use fake_xapi::disk::{RawCopy, Sr};
+use fake_xapi::disk::{RawCopy, Sr, known};
 
 use super::operation::{BLOCK, Disk};
 
@@ -11,7 +12,7 @@ use super::operation::{BLOCK, Disk};
 const PART: u64 = 4096;
 
 /// What a volume was found to hold.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Held {
     size: u64,
     /// The bytes in each block, where they are not all zeroes.
@@ -21,13 +22,18 @@ pub struct Held {
 impl Held {
     /// Reads all of a volume that nobody has open.
     pub fn of(sr: &Sr, key: &str) -> Result<Self> {
-        let raw = RawCopy::of(&sr.node_of(key)?.image)?;
+        known::of(&sr.chain_of(key)?, || Self::read(&sr.node_of(key)?.image))
+    }
+
+    fn read(image: &Path) -> Result<Self> {
+        let raw = RawCopy::of(image)?;
         let mut blocks: BTreeMap<u64, BTreeSet<u8>> = BTreeMap::new();
         let mut seen: BTreeMap<u64, u64> = BTreeMap::new();
         raw.each_piece(|offset, data| {
             for (index, part) in data.chunks(PART as usize).enumerate() {
                 let block = (offset + index as u64 * PART) / BLOCK;
-                let bytes: BTreeSet<u8> = part.iter().copied().collect();
+                let is_all_one = part.first().is_some_and(|first| *part == [*first; PART as usize][..part.len()]);
+                let bytes = if is_all_one { &part[..1] } else { part };
                 blocks.entry(block).or_default().extend(bytes);
                 *seen.entry(block).or_default() += part.len() as u64;
             }
