@@ -198,21 +198,26 @@ impl fmt::Debug for Shortened<'_> {
     }
 }
 
-/// A request's URI in an error: as [`Shortened`], without what may be a secret, which is who logs in and any parameter.
+/// A request's URI in an error: as [`Shortened`], without what may be a secret, which is who logs in and any parameter. Of
+/// one that is wrongly written more may be missing: where a password ends is not known then.
 pub struct ShortenedUri<'a>(pub &'a str);
 
 impl fmt::Debug for ShortenedUri<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (path, has_more) = self.0.split_once(['?', '#']).map_or((self.0, false), |(path, _)| (path, true));
-        let shown = match path.split_once("://") {
-            Some((scheme, rest)) => {
-                let authority = rest.find('/').unwrap_or(rest.len());
-                let login = rest[..authority].rfind('@');
-                format!("{scheme}://{}", login.map_or_else(|| rest.to_owned(), |at| format!("…{}", &rest[at..])))
-            }
+        let (scheme, rest) = match self.0.split_once("://") {
+            Some((scheme, rest)) if !scheme.contains(['@', '?', '#']) => (format!("{scheme}://"), rest),
+            _ => (String::new(), self.0),
+        };
+        let (path, parameters) = rest.split_at(rest.find(['?', '#']).unwrap_or(rest.len()));
+        // A path alone, where nobody can log in.
+        let is_path = rest.starts_with('/') && !rest.starts_with("//");
+        let path = match path.rfind('@') {
+            _ if is_path => path.to_owned(),
+            _ if parameters.contains('@') => "…".to_owned(),
+            Some(at) => format!("…{}", &path[at..]),
             None => path.to_owned(),
         };
-        Shortened(&if has_more { shown + "?…" } else { shown }).fmt(f)
+        Shortened(&format!("{scheme}{path}{}", if parameters.is_empty() { "" } else { "?…" })).fmt(f)
     }
 }
 
@@ -251,8 +256,15 @@ mod tests {
     fn a_uri_is_shown_without_what_may_be_a_secret() {
         for (uri, shown) in [
             ("nbd+unix:///e?socket=/s&session_id=x", r#""nbd+unix:///e?…""#),
-            ("nfs://me:secret@host/a@b", r#""nfs://…@host/a@b""#),
+            ("nfs://me:secret@host/a", r#""nfs://…@host/a""#),
+            ("nfs://me:se/cr@et@host/a", r#""nfs://…@host/a""#),
+            ("nfs://me:se?cr#et@host/a", r#""nfs://…?…""#),
+            ("smb://host/share;me:secret@x", r#""smb://…@x""#),
+            ("//me:secret@host/a", r#""…@host/a""#),
+            ("me:secret@host:/a", r#""…@host:/a""#),
+            ("me@x://secret@host", r#""…@host""#),
             ("file:///a@b", r#""file:///a@b""#),
+            ("/a@b#c", r#""/a@b?…""#),
             ("nonsense", r#""nonsense""#),
         ] {
             assert_eq!(format!("{:?}", ShortenedUri(uri)), shown);

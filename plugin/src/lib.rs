@@ -37,6 +37,7 @@ pub mod qemu;
 pub mod record;
 pub mod size;
 pub mod smapi;
+pub mod status;
 pub mod store;
 pub mod trace;
 

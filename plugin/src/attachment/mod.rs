@@ -121,32 +121,6 @@ impl Attachment {
         Ok(names.filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// Describes a volume's state for people, without its lock: a call that hangs does not keep it from being seen.
-    ///
-    /// # Errors
-    ///
-    /// When the record cannot be read.
-    pub fn describe(host: &Host, volume: VolumeKey) -> Result<String> {
-        let directory = host.volume_dir(volume);
-        let Some(state) = record::read_if_present::<State>(&directory.join("state.json"))? else {
-            return Ok("no record".to_owned());
-        };
-        let daemon = match &state.daemon {
-            Some(process) if daemon::is_running(host, &directory, process) => format!("daemon {}", process.pid),
-            Some(process) => format!("daemon {} is gone", process.pid),
-            None => "no daemon".to_owned(),
-        };
-        let announced = state.open.as_ref().and_then(|open| open.session.and_then(|session| session.announcement()));
-        let announced = announced.map_or_else(String::new, |announced| format!(", announced as \"{announced}\""));
-        let open = state.open.map_or_else(|| "closed".to_owned(), |open| format!("{:?} {:?}", open.phase, open.mode));
-        let domains: Vec<String> =
-            state.domains.iter().map(|(domain, usage)| format!("{domain} {usage:?}")).collect();
-        let clients = clients::count(&Sockets::of(&directory).nbd())?;
-        let device = state.device.and_then(|device| device.number);
-        let device = device.map_or_else(String::new, |number| format!(", block device {}", number.path().display()));
-        Ok(format!("{daemon}, {open}{announced}{device}, {clients} clients, domains: {}", domains.join(", ")))
-    }
-
     /// Reads the record behind a lock that was taken; without one, makes it for `uri` or, without that, gives `None`.
     fn read(
         host: &Host,

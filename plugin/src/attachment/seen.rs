@@ -1,14 +1,15 @@
 //! A volume's life on this host as anybody can see it, without its lock.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use super::state::{Phase, State};
-use super::{Attachment, LOCK, Use};
+use super::{Attachment, LOCK, Use, clients};
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{Domain, NodeId, VolumeKey, VolumeUri};
 use crate::lock::FileLock;
-use crate::qemu::daemon;
+use crate::qemu::daemon::{self, Sockets};
 use crate::record;
 use crate::store::Mode;
 
@@ -27,6 +28,12 @@ pub struct Seen {
     pub domains: BTreeMap<Domain, Use>,
     /// What the daemon has open, while it runs.
     pub open: Option<SeenOpen>,
+    /// The volume's block device.
+    pub device: Option<PathBuf>,
+    /// The domain for which an import runs.
+    pub import: Option<Domain>,
+    /// Domains whose last writes could not be flushed.
+    pub unflushed: Vec<Domain>,
 }
 
 /// A chain that a running daemon has open.
@@ -38,6 +45,8 @@ pub struct SeenOpen {
     pub nodes: Vec<NodeId>,
     /// Whether a call is, or was when it was killed, at work on it.
     pub is_changing: bool,
+    /// What the export says of itself.
+    pub announced: Option<String>,
 }
 
 impl Attachment {
@@ -55,6 +64,7 @@ impl Attachment {
         let is_running = state.daemon.is_some_and(|process| daemon::is_running(host, &directory, &process));
         let open = state.open.filter(|_| is_running).map(|open| SeenOpen {
             mode: open.mode,
+            announced: open.session.and_then(|session| session.announcement()).map(|announced| announced.to_string()),
             is_changing: open.phase != Phase::Open || open.overlay.is_some() || open.exchange.is_some(),
             nodes: open.nodes,
         });
@@ -65,7 +75,19 @@ impl Attachment {
             is_running,
             domains: state.domains,
             open,
+            device: state.device.and_then(|device| device.number).map(|number| number.path()),
+            import: state.import.map(|import| import.domain),
+            unflushed: state.unflushed.into_keys().collect(),
         }))
+    }
+
+    /// Counts the NBD clients of a volume's storage daemon, without asking that.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's list of sockets cannot be read.
+    pub fn clients_of(host: &Host, volume: VolumeKey) -> Result<usize> {
+        clients::count(&Sockets::of(&host.volume_dir(volume)).nbd())
     }
 
     /// Tells whether a storage daemon runs for a volume, recorded or not.

@@ -31,7 +31,7 @@ pub use ending::{
 };
 pub use people::{ForPeople, summary};
 pub use plan::{Destination, Layer, Plan, layers, plan};
-pub use record::{MirrorRecord, Phase, Progress, WHOLE, now};
+pub use record::{MirrorRecord, Phase, Progress, Unreadable, WHOLE, now};
 pub use session::{Sent, Session, Sessions};
 pub use speed::{Speed, Speedometer};
 

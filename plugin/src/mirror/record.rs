@@ -161,6 +161,9 @@ pub struct MirrorRecord {
     pub updated: u64,
 }
 
+/// A mirror whose record cannot be read, and why.
+pub type Unreadable = (MirrorKey, Error);
+
 impl Record for MirrorRecord {
     const FORMAT: u64 = 1;
     const IS_FOR_PEOPLE: bool = true;
@@ -237,23 +240,36 @@ impl MirrorRecord {
     ///
     /// As [`Self::of_volume`].
     pub fn all(host: &Host) -> Result<Vec<Self>> {
+        let (records, unreadable) = Self::readable(host)?;
+        for (mirror, error) in unreadable {
+            tracing::warn!(%mirror, error = error.chain(), "a mirror's record is unreadable");
+        }
+        Ok(records)
+    }
+
+    /// Reads the records of all mirrors, newest last, and tells which cannot be read.
+    ///
+    /// # Errors
+    ///
+    /// When the directory of mirrors cannot be read.
+    pub fn readable(host: &Host) -> Result<(Vec<Self>, Vec<Unreadable>)> {
         let directory = host.runtime_dir().join("mirrors");
         let entries = match fs::read_dir(&directory) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
             Err(error) => return Err(Error::on("reading directory", &directory)(error)),
         };
-        let mut records = Vec::new();
+        let (mut records, mut unreadable) = (Vec::new(), Vec::new());
         for entry in entries {
             let name = entry.map_err(Error::on("reading directory", &directory))?.file_name();
             let Some(key) = name.to_str().and_then(|name| name.parse::<MirrorKey>().ok()) else { continue };
             match Self::load(host, key) {
                 Ok(found) => records.extend(found),
-                Err(error) => tracing::warn!(mirror = %key, error = error.chain(), "a mirror's record is unreadable"),
+                Err(error) => unreadable.push((key, error)),
             }
         }
         records.sort_by_key(|record: &Self| (record.started, record.key));
-        Ok(records)
+        Ok((records, unreadable))
     }
 
     /// Writes the record, with the time of now.

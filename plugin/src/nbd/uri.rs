@@ -60,9 +60,10 @@ impl FromStr for NbdUri {
     }
 }
 
-/// Reads a URI, or says what is wrong with it.
+/// Reads a URI, or says what is wrong with it. Parameters that are not understood are passed over, and so is a fragment.
 fn parse(text: &str) -> std::result::Result<NbdUri, &'static str> {
     let (address, export) = if let Some(rest) = text.strip_prefix("nbd+unix://") {
+        let rest = before(rest, '#');
         let (path, query) = rest.split_once('?').ok_or("it has no socket parameter")?;
         let export = path.strip_prefix('/').ok_or("nbd+unix has no host part")?;
         let socket =
@@ -72,6 +73,7 @@ fn parse(text: &str) -> std::result::Result<NbdUri, &'static str> {
         let (socket, export) = rest.split_once(":exportname=").ok_or("it has no exportname")?;
         (unix(socket.to_owned())?, export.to_owned())
     } else if let Some(rest) = text.strip_prefix("nbd://") {
+        let rest = before(before(rest, '#'), '?');
         let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
         (tcp(authority)?, decode(export)?)
     } else {
@@ -81,6 +83,11 @@ fn parse(text: &str) -> std::result::Result<NbdUri, &'static str> {
         return Err("the export's name is longer than 4096 bytes");
     }
     Ok(NbdUri { address, export })
+}
+
+/// Gives what stands before a character.
+fn before(text: &str, character: char) -> &str {
+    text.split_once(character).map_or(text, |(before, _)| before)
 }
 
 /// Checks a socket's path.
@@ -96,6 +103,10 @@ fn unix(path: String) -> std::result::Result<Address, &'static str> {
 
 /// Reads `host:port`; the port of the protocol is 10809.
 fn tcp(authority: &str) -> std::result::Result<Address, &'static str> {
+    // It would be taken for a part of the host's name, and shown with that.
+    if authority.contains('@') {
+        return Err("it says who logs in, and nobody does in NBD");
+    }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
             rest.split_once(']').map(|(host, port)| (host, port.strip_prefix(':'))).ok_or("a [ without ]")?
@@ -166,14 +177,18 @@ mod tests {
         for text in [
             "nbd+unix:///a%2Fb%20c?session_id=secret&socket=/run/x%26y&pass=secret",
             "nbd:unix:/run/x.sock:exportname=e",
+            "nbd+unix:///e?socket=/run/x#secret",
             "nbd://1.2.3.4/x?secret",
+            "nbd://1.2.3.4/x#secret",
             "nbd://[::1]/",
         ] {
             let uri: NbdUri = text.parse().unwrap();
             let again = uri.to_string();
             assert_eq!(again.parse::<NbdUri>().unwrap(), uri, "{again}");
-            assert!(!again.contains("secret=") && !again.contains("pass"), "{again}");
+            assert!(!again.contains("secret") && !again.contains("pass"), "{again}");
         }
+        let uri: NbdUri = "nbd://1.2.3.4/x%3Fy%23z?secret".parse().unwrap();
+        assert_eq!(uri.export, "x?y#z");
     }
 
     #[test]
@@ -189,6 +204,8 @@ mod tests {
             "nbd+unix:///%ff?socket=/s",
             "nbd://:10809/x",
             "nbd://h:99999/x",
+            "nbd://me@h/x",
+            "nbd://me:secret@h:10809/x",
             "nbd:unix:/s",
             &long,
         ] {

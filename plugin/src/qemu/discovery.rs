@@ -189,6 +189,20 @@ pub fn storage_daemon(host: &Host) -> Result<StorageDaemon> {
     Err(Error::Qemu { doing: format!("looking for {NAME}"), reason })
 }
 
+/// Gives the programs that are there and were asked what they can do, in the order in which they are looked at, each with
+/// why it cannot be used. Nothing is asked anew.
+pub fn known_daemons(host: &Host) -> Vec<(StorageDaemon, Option<String>)> {
+    let kept = host.runtime_dir().join("programs.json");
+    let findings = record::read_if_present::<Findings>(&kept).ok().flatten().unwrap_or_default();
+    let known = program::candidates(host, NAME).filter_map(|path| {
+        let file = FileIdentity::of(&path)?;
+        let Finding { version, bounds_handshake, lacks, .. } =
+            findings.programs.get(&path).filter(|finding| finding.file == file)?.clone();
+        Some((StorageDaemon { path, version, bounds_handshake }, lacks))
+    });
+    known.collect()
+}
+
 /// Keeps what was found; without that it is found out again.
 fn keep(host: &Host, path: &Path, findings: &Findings) {
     let kept = host.make_runtime_dir(&host.runtime_dir());

@@ -37,7 +37,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::id::NodeId;
-pub use discovery::{StorageDaemon, storage_daemon};
+pub use discovery::{StorageDaemon, known_daemons, storage_daemon};
 pub use program::find as find_program;
 
 /// What is private and fuzzed ([`crate::fuzz`]).

@@ -178,7 +178,7 @@ impl Sr {
     /// # Errors
     ///
     /// [`Error::SrNotAttached`].
-    pub(super) fn attached_names(host: &Host, uuid: SrUuid) -> Result<(String, String)> {
+    pub(crate) fn attached_names(host: &Host, uuid: SrUuid) -> Result<(String, String)> {
         let attached = AttachedRecord::of(host, uuid)?;
         Ok((attached.name, attached.description))
     }

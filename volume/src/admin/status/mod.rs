@@ -1,16 +1,13 @@
 //! `status`: what this host does now: its SRs, daemons and mirrors, and what failed last.
 
-mod model;
-mod text;
-
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use plugin::error::{Error, Result};
 use plugin::host::Host;
+use plugin::status::{Detail, Status, draw};
 
 use crate::arguments::StatusOptions;
-use model::Status;
 
 /// How often those who watch are shown what is new.
 const EACH: Duration = Duration::from_millis(500);
@@ -20,16 +17,16 @@ const EACH: Duration = Duration::from_millis(500);
 ///
 /// # Errors
 ///
-/// When what this host has cannot be listed. What concerns one SR, volume or mirror is shown with it.
+/// None but what is this program's own fault: what cannot be read is shown in its place.
 pub fn execute(host: &Host, options: StatusOptions) -> Result<String> {
     let mut screen = Screen { is_terminal: io::stdout().is_terminal(), lines: 0 };
     loop {
-        let status = Status::of(host)?;
+        let status = Status::of(host, Detail::Brief);
         let text = if options.json {
             let text = serde_json::to_string(&status);
             text.map_err(|error| Error::Internal(format!("the status cannot be encoded: {error}")))? + "\n"
         } else {
-            text::draw(&status)
+            draw(&status)
         };
         if !options.watch || !status.is_busy() {
             return Ok(screen.back() + &text);

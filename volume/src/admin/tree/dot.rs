@@ -4,9 +4,8 @@ use std::fmt::Write;
 
 use plugin::id::Shortened;
 use plugin::size::bytes;
-
-use super::model::{Node, Picture};
-use super::text::remarks;
+use plugin::status::remarks;
+use plugin::status::trees::{Node, Picture};
 
 /// Draws an SR's trees.
 pub fn draw(picture: &Picture) -> String {

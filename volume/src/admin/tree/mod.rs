@@ -1,19 +1,17 @@
 //! `tree`: what an SR's trees look like now.
 
 mod dot;
-mod model;
-mod text;
 
 use std::path::Path;
 
 use plugin::error::{Error, Result};
 use plugin::host::Host;
 use plugin::id::VolumeKey;
+use plugin::status::{draw_trees, trees::Picture};
 use plugin::store::Sr;
 
 use crate::arguments::Form;
 use crate::place;
-use model::Picture;
 
 /// Draws all trees, or that of one volume.
 ///
@@ -25,7 +23,7 @@ pub fn execute(host: &Host, sr: &Path, volume: Option<VolumeKey>, form: Form) ->
     let sr = Sr::open(&place::path_of(host, sr)?)?;
     let picture = Picture::of(host, &sr, volume)?;
     match form {
-        Form::Text => Ok(text::draw(&picture)),
+        Form::Text => Ok(draw_trees(&picture)),
         Form::Dot => Ok(dot::draw(&picture)),
         Form::Json => serde_json::to_string_pretty(&picture)
             .map(|text| text + "\n")

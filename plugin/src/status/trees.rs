@@ -3,14 +3,15 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use plugin::attachment::Attachment;
-use plugin::error::Result;
-use plugin::host::Host;
-use plugin::id::{MirrorKey, NodeId, SrUuid, TreeId, VolumeKey};
-use plugin::mirror::MirrorRecord;
-use plugin::store::{LoadedTree, Mode, Sr};
 use serde::Serialize;
 use uuid::Uuid;
+
+use crate::attachment::{Attachment, Use};
+use crate::error::Result;
+use crate::host::Host;
+use crate::id::{MirrorKey, NodeId, SrUuid, TreeId, VolumeKey};
+use crate::mirror::MirrorRecord;
+use crate::store::{LoadedTree, Mode, Sr};
 
 /// An SR and its trees.
 #[derive(Debug, Serialize)]
@@ -36,6 +37,11 @@ pub struct Tree {
     /// An operation that was begun and is not ended, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unfinished: Option<String>,
+    /// Two of its nodes that are being merged, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merging: Option<String>,
+    /// Nodes of its longest chain.
+    pub depth: usize,
     /// Its nodes, each after its parent.
     pub nodes: Vec<Node>,
     /// Volumes without data: only what changed in them is known.
@@ -103,7 +109,7 @@ pub struct Domain {
     pub domain: String,
     /// `attached`, `ro` or `rw`.
     #[serde(rename = "use")]
-    pub usage: plugin::attachment::Use,
+    pub usage: Use,
 }
 
 /// A mirror that goes on.
@@ -117,17 +123,24 @@ pub struct Mirror {
 
 impl Picture {
     /// Looks at an SR as readers do: without a lock.
+    ///
+    /// # Errors
+    ///
+    /// When the SR cannot be listed, or the volume does not exist.
     pub fn of(host: &Host, sr: &Sr, volume: Option<VolumeKey>) -> Result<Self> {
+        let here = Here::of(host);
         let trees = match volume {
-            Some(key) => vec![tree_of(host, &sr.load(key)?)],
+            Some(key) => vec![tree_of(host, &here, &sr.load(key)?)],
             None => {
                 let look = |id: TreeId| match sr.read_tree(id) {
-                    Ok(Some(loaded)) => Some(tree_of(host, &loaded)),
+                    Ok(Some(loaded)) => Some(tree_of(host, &here, &loaded)),
                     Ok(None) => None,
                     Err(error) => Some(Tree {
                         tree: id,
                         problem: Some(error.chain()),
                         unfinished: None,
+                        merging: None,
+                        depth: 0,
                         nodes: Vec::new(),
                         destroyed: Vec::new(),
                     }),
@@ -140,24 +153,44 @@ impl Picture {
     }
 }
 
-fn tree_of(host: &Host, loaded: &LoadedTree) -> Tree {
+/// What this host itself knows of volumes.
+pub(super) struct Here {
+    uuid: Option<Uuid>,
+    /// Mirrors that go on.
+    mirrors: Vec<MirrorRecord>,
+}
+
+impl Here {
+    /// Looks at the host.
+    pub(super) fn of(host: &Host) -> Self {
+        let mut mirrors = MirrorRecord::all(host).unwrap_or_default();
+        mirrors.retain(|record| record.is_running(host));
+        Self { uuid: host.uuid().ok(), mirrors }
+    }
+}
+
+/// Describes a tree.
+pub(super) fn tree_of(host: &Host, here: &Here, loaded: &LoadedTree) -> Tree {
     let tree = &loaded.tree;
     let mut paths: Vec<Vec<NodeId>> = tree.nodes.keys().map(|id| tree.chain(*id)).collect();
     paths.iter_mut().for_each(|path| path.reverse());
     // A node's path from the root sorts right after its parent's, and before those beside it.
     paths.sort();
-    let nodes = paths.iter().filter_map(|path| node_of(host, loaded, *path.last()?)).collect();
+    let nodes = paths.iter().filter_map(|path| node_of(host, here, loaded, *path.last()?)).collect();
     let destroyed = tree.volumes.iter().filter(|(_, volume)| !tree.nodes.contains_key(&volume.node));
+    let depth = paths.iter().map(Vec::len).max().unwrap_or_default();
     Tree {
         tree: loaded.id,
         problem: None,
         unfinished: tree.intent.as_ref().map(|intent| format!("{intent:?}")),
+        merging: tree.merge.as_ref().map(|merge| format!("merging node {} with {} on it", merge.lower, merge.upper)),
+        depth,
         nodes,
-        destroyed: destroyed.map(|(key, _)| volume_of(host, loaded, *key)).collect(),
+        destroyed: destroyed.map(|(key, _)| volume_of(host, here, loaded, *key)).collect(),
     }
 }
 
-fn node_of(host: &Host, loaded: &LoadedTree, id: NodeId) -> Option<Node> {
+fn node_of(host: &Host, here: &Here, loaded: &LoadedTree, id: NodeId) -> Option<Node> {
     let node = loaded.tree.nodes.get(&id)?;
     let volume = loaded.tree.volumes.iter().find(|(_, volume)| volume.node == id).map(|(key, _)| *key);
     let scratch_of = loaded.tree.scratch.iter().find(|(_, scratch)| scratch.node == Some(id)).map(|(key, _)| *key);
@@ -170,31 +203,26 @@ fn node_of(host: &Host, loaded: &LoadedTree, id: NodeId) -> Option<Node> {
         physical_size: blocks.map_or(0, |metadata| metadata.blocks() * 512),
         hidden: volume.is_none() && scratch_of.is_none(),
         scratch_of,
-        volume: volume.map(|key| volume_of(host, loaded, key)),
+        volume: volume.map(|key| volume_of(host, here, loaded, key)),
         problem: loaded.checked_image(id).err().map(|error| error.chain()),
     })
 }
 
-fn volume_of(host: &Host, loaded: &LoadedTree, key: VolumeKey) -> Volume {
+fn volume_of(host: &Host, here: &Here, loaded: &LoadedTree, key: VolumeKey) -> Volume {
     let volume = loaded.tree.volumes.get(&key);
-    let this = host.uuid().ok();
     let active = volume.iter().flat_map(|volume| &volume.active);
     let seen = Attachment::seen(host, key).ok().flatten();
     let domains = seen.map(|seen| seen.domains).unwrap_or_default();
-    let mirrors = MirrorRecord::of_volume(host, key).unwrap_or_default();
+    let mirrors = here.mirrors.iter().filter(|record| record.volume == key);
     Volume {
         volume: key,
         name: volume.map(|volume| volume.name.clone()).unwrap_or_default(),
         cbt: volume.is_some_and(|volume| volume.cbt_enabled),
         scratch: loaded.tree.scratch.contains_key(&key),
         active: active
-            .map(|claim| Active { host: claim.host, here: Some(claim.host) == this, mode: claim.mode })
+            .map(|claim| Active { host: claim.host, here: Some(claim.host) == here.uuid, mode: claim.mode })
             .collect(),
         domains: domains.into_iter().map(|(domain, usage)| Domain { domain: domain.into(), usage }).collect(),
-        mirrors: mirrors
-            .iter()
-            .filter(|record| record.is_running(host))
-            .map(|record| Mirror { mirror: record.key, done: record.progress.fraction() })
-            .collect(),
+        mirrors: mirrors.map(|record| Mirror { mirror: record.key, done: record.progress.fraction() }).collect(),
     }
 }

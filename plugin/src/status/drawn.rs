@@ -2,11 +2,10 @@
 
 use std::fmt::Write;
 
-use plugin::id::{NodeId, Shortened};
-use plugin::size::bytes;
-use plugin::store::Mode;
-
-use super::model::{Node, Picture, Tree, Volume};
+use super::trees::{Node, Picture, Tree, Volume};
+use crate::id::{NodeId, Shortened};
+use crate::size::bytes;
+use crate::store::Mode;
 
 /// Draws an SR's trees.
 pub fn draw(picture: &Picture) -> String {
@@ -14,22 +13,29 @@ pub fn draw(picture: &Picture) -> String {
     for tree in &picture.trees {
         // Writing to a string does not fail.
         let _ = writeln!(text, "\ntree {}", tree.tree);
-        if let Some(problem) = &tree.problem {
-            let _ = writeln!(text, "  ({problem})");
-        }
-        if let Some(unfinished) = &tree.unfinished {
-            let _ = writeln!(text, "  begun and not ended: {unfinished}");
-        }
-        let roots: Vec<&Node> = tree.nodes.iter().filter(|node| node.parent.is_none()).collect();
-        for root in roots {
-            let _ = writeln!(text, "  {}", line(root));
-            branches(&mut text, tree, root.node, "  ");
-        }
-        for volume in &tree.destroyed {
-            let _ = writeln!(text, "  {}: its data was destroyed", title(volume));
-        }
+        draw_tree(&mut text, tree, "  ");
     }
     text
+}
+
+/// Draws one tree, each line behind an indent.
+pub(super) fn draw_tree(text: &mut String, tree: &Tree, indent: &str) {
+    if let Some(problem) = &tree.problem {
+        let _ = writeln!(text, "{indent}({problem})");
+    }
+    if let Some(unfinished) = &tree.unfinished {
+        let _ = writeln!(text, "{indent}begun and not ended: {unfinished}");
+    }
+    if let Some(merging) = &tree.merging {
+        let _ = writeln!(text, "{indent}{merging}");
+    }
+    for root in tree.nodes.iter().filter(|node| node.parent.is_none()) {
+        let _ = writeln!(text, "{indent}{}", line(root));
+        branches(text, tree, root.node, indent);
+    }
+    for volume in &tree.destroyed {
+        let _ = writeln!(text, "{indent}{}: its data was destroyed", title(volume));
+    }
 }
 
 /// Draws what lies on a node.
@@ -66,7 +72,7 @@ fn title(volume: &Volume) -> String {
 }
 
 /// Gives what there is to say of a volume.
-pub(super) fn remarks(volume: &Volume) -> Vec<String> {
+pub fn remarks(volume: &Volume) -> Vec<String> {
     let mut remarks = Vec::new();
     for active in &volume.active {
         let mode = match active.mode {
