@@ -1,8 +1,8 @@
 #!/bin/sh
 # Tries what is random with ever new seeds until its time is up: VMs to which everything happens at once, histories struck
-# at system calls, power cuts, broken disks, migrations, mirrors of differences, promises about contents, damage, what others
-# send. Ends at the first failure, with the command that repeats it. Each round also does one part of SOAK_SHARES (300) of
-# every short history struck everywhere, the next one each time.
+# at system calls, power cuts, broken disks, migrations, mirrors of differences, promises about contents, damage, mutated
+# requests, what others send. Ends at the first failure, with the command that repeats it. Each round also does one part of
+# SOAK_SHARES (300) of every short history struck everywhere, the next one each time.
 #
 #   tests/soak.sh [minutes]       30 if not given; SOAK_SEED=<number> begins with another seed
 set -eu
@@ -40,6 +40,7 @@ while [ "$(date +%s)" -lt "$until" ]; do
     try "MIRROR_SEED=$seed" --package datapath --test difference random
     try "CONTENT_SEED=$seed" --package volume --test content walk
     try "CHECK_SEED=$seed" --package volume --test check
+    try "FAKE_XAPI_SEED=$seed FAKE_XAPI_REQUESTS=40" --package fake-xapi --test requests
     try "FUZZ_SEED=$seed FUZZ_ROUNDS=5000" --package plugin --lib fuzz
     seed=$((seed + 1))
     rounds=$((rounds + 1))
