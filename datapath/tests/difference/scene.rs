@@ -48,8 +48,11 @@ impl Target {
 
     pub fn stop(&mut self) {
         let pid = rustix::process::Pid::from_raw(self.child.id().cast_signed()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        self.child.wait().unwrap();
+        while self.child.try_wait().unwrap().is_none() {
+            // Not once: QEMU's main loop does not notice a signal that comes right before it begins to wait.
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::id::{MirrorKey, SrUuid, VolumeKey};
 pub use launch::Launch;
 pub use process::Process;
+pub(crate) use process::end_with_this;
 pub use program::this_program;
 pub use settings::{BlockDevices, Settings};
 

@@ -1,16 +1,37 @@
 //! Processes that outlive the call that started them, told apart from others that got the same number.
 
-use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, getpid, getppid, kill_process, pidfd_open, pidfd_send_signal,
+    set_parent_process_death_signal,
+};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Host;
 use crate::error::{Error, Result};
+
+/// Has what a command starts killed when this process ends, however it ends.
+pub fn end_with_this(command: &mut Command) -> &mut Command {
+    let parent = getpid();
+    let follow = move || -> io::Result<()> {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // Of a parent that has died by now no signal comes.
+        if getppid() == Some(parent) { Ok(()) } else { Err(Errno::SRCH.into()) }
+    };
+    // SAFETY: the closure runs between fork and exec; it makes plain system calls, and neither allocates nor locks.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(follow)
+    }
+}
 
 /// One process of one boot: a number alone may name another process by now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

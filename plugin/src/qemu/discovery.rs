@@ -15,21 +15,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::program::{self, Output};
 use super::schema::Schema;
 use crate::error::{Error, Result};
-use crate::host::Host;
+use crate::host::{Host, end_with_this};
 use crate::record::{self, Durability, Record};
 
 /// The program's name.
@@ -224,12 +222,7 @@ fn ask(path: &Path, file: FileIdentity, patience: Duration) -> Result<Finding> {
     let mut command = Command::new(path);
     command.args(["--chardev", "stdio,id=qmp,signal=off", "--monitor", "chardev=qmp,mode=control"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // SAFETY: the closure runs between fork and exec; it makes one plain system call, and neither allocates nor locks.
-    #[allow(unsafe_code)]
-    unsafe {
-        command.pre_exec(|| set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into));
-    }
-    let mut child = program::same_for_all(&mut command).spawn().map_err(failed)?;
+    let mut child = program::same_for_all(end_with_this(&mut command)).spawn().map_err(failed)?;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let deadline = Instant::now() + patience;
     let answers = stdout.map(read_answers);

@@ -66,8 +66,15 @@ impl Daemon {
     /// Ends it in order: it closes its image.
     pub fn quit(mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        assert!(self.child.wait().unwrap().success());
+        let status = loop {
+            // Not once: QEMU's main loop does not notice a signal that comes right before it begins to wait.
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status,
+                None => std::thread::sleep(std::time::Duration::from_millis(5)),
+            }
+        };
+        assert!(status.success());
     }
 
     /// Starts it again over the image as it is.

@@ -68,8 +68,14 @@ impl Device {
 
     /// Ends the daemon, when nothing is mounted any more.
     pub fn end(&mut self) -> Result<()> {
-        kill_process(Pid::from_child(&self.daemon.0), Signal::TERM)?;
-        let status = self.daemon.0.wait()?;
+        let status = loop {
+            // Not once: QEMU's main loop does not notice a signal that comes right before it begins to wait.
+            kill_process(Pid::from_child(&self.daemon.0), Signal::TERM)?;
+            match self.daemon.0.try_wait()? {
+                Some(status) => break status,
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
         ensure!(status.success(), "the storage daemon ended with {status}");
         Ok(())
     }
