@@ -125,6 +125,16 @@ impl Stage {
         Ok(())
     }
 
+    /// Gives the source an SR in another directory, as [`Self::move_destination`] does.
+    ///
+    /// # Errors
+    /// If the plugin refuses.
+    pub async fn move_source(&mut self, path: &Path) -> Result<()> {
+        self.source_sr = make_sr_in(&self.source, path, "another", false).await?;
+        self.source_path = path.to_owned();
+        Ok(())
+    }
+
     /// Waits until nothing of a host's plugins runs or lies about any more; what still does is added to the problems.
     pub async fn settled(&self, host: &Host, patience: Duration, problems: &mut Vec<String>) -> bool {
         self.settled_but_for(host, patience, |left| left, problems).await

@@ -105,9 +105,10 @@ impl Faulty {
         self.command("blockdev-del", &json!({"node-name": "broken"}))
     }
 
-    /// Tells whether the file system can still be written to; its journal may have given up.
+    /// Tells whether the file system can still be written to; its journal may have given up, or be about to.
     pub fn is_writable(&self) -> bool {
-        fs::write(self.place().mounted().join("probe"), "").is_ok()
+        let probe = File::create(self.place().mounted().join("probe"));
+        probe.is_ok_and(|probe| probe.sync_all().is_ok())
     }
 
     /// Unmounts the file system, which nobody uses any more, and mounts it again, as a boot does.

@@ -22,7 +22,7 @@ use fake_xapi::smapiv2::{Sr, Vdi};
 use fake_xapi::sxm::{self, Failed, Flow, Migrated, Migration};
 
 pub use player::Player;
-pub use processes::{kill_all, kill_daemon, kill_supervisors};
+pub use processes::{daemons, kill_all, kill_daemon, kill_supervisors};
 
 pub const FLOWS: [Flow; 3] = [Flow::Leaf, Flow::Tree, Flow::Base];
 
@@ -73,12 +73,22 @@ impl World {
 
     /// The same with plugins that are installed somewhere ([`fake_xapi::host::PluginSource::at`]).
     pub async fn installed(plugins: &Path, plan: &str, flow: Flow) -> Result<Self> {
-        let plan = Plan::parse(plan.as_bytes())?;
-        let model = plan.model()?;
+        Self::on(Self::stage(plugins).await?, plan, flow).await
+    }
+
+    /// Makes the hosts and their SRs.
+    pub async fn stage(plugins: &Path) -> Result<Stage> {
         let stage = Stage::build(plugins, false, place_with(ROOM)).await?;
         for host in [&stage.source, &stage.destination] {
             write_settings(host.root(), SETTINGS)?;
         }
+        Ok(stage)
+    }
+
+    /// Makes the VM at the source of a stage, with its history, and starts the guest.
+    pub async fn on(stage: Stage, plan: &str, flow: Flow) -> Result<Self> {
+        let plan = Plan::parse(plan.as_bytes())?;
+        let model = plan.model()?;
         let vm = stage.xapi.vm_create("vm", &stage.source, &stage.source_sr, &plan.disks).await?;
         let player = Player::new(model.disks()[0].size())?;
         let world = Self { stage, vm, model, player, flow };

@@ -3,6 +3,12 @@
 use fake_xapi::host::Host;
 use fake_xapi::smapiv2::Vdi;
 
+/// Gives the storage daemons of a volume.
+pub fn daemons(host: &Host, volume: &Vdi) -> Vec<u32> {
+    let is_one = |command: &str| command.contains("qemu-storage-daemon") && command.contains(&volume.0);
+    host.leftovers().processes.into_iter().filter(|(_, command)| is_one(command)).map(|(pid, _)| pid).collect()
+}
+
 /// Kills the storage daemon of a volume; true if there was one.
 pub fn kill_daemon(host: &Host, volume: &Vdi) -> bool {
     host.kill_daemon(&volume.0) > 0
