@@ -74,6 +74,34 @@ fn snapshots_destroyed_in_any_order_under_a_guest_leave_nothing() {
 }
 
 #[test]
+fn space_comes_back_while_a_guest_writes_and_snapshots_are_taken() {
+    let (mut scene, mut snapshots) = Scene::new(&[MUCH, LITTLE]);
+    scene.start();
+    for _ in 0..3 {
+        snapshots.push(scene.bench.snapshot(&scene.volume));
+        scene.bench.destroy(&snapshots.remove(0));
+        let kept = scene.kept();
+        scene.gc();
+        scene.assert_agree();
+        assert_eq!(scene.kept(), kept);
+    }
+    scene.bench.destroy(&snapshots.remove(0));
+    scene.gc();
+    // It is quiet from now on, and its disk open.
+    let account = scene.guest.take().unwrap().end();
+    scene.gc();
+    scene.assert_agree();
+    scene.assert_small_while_open();
+    account.model.assert_holds(&content(&scene.bench.node_file(&scene.volume)), true);
+    scene.release();
+    scene.gc();
+    assert_eq!(scene.nodes(), 1);
+    account.model.assert_holds(&content(&scene.bench.node_file(&scene.volume)), true);
+    scene.assert_small();
+    scene.check();
+}
+
+#[test]
 fn a_merge_is_taken_up_again_after_a_snapshot_in_the_middle() {
     let (mut scene, snapshots) = Scene::new(&[MUCH, &["write -P 6 0 4M"], &[]]);
     scene.start();
