@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs a part of the suites with QEMU 7.2, the oldest that a distribution still has, beside the installed one: calls,
-# imports, what is thrown away, and a migration.
+# imports, what is thrown away, nodes merged at rest and under a guest, and a migration.
 #
 #   tests/older.sh
 #
@@ -27,5 +27,6 @@ run() {
         cargo test --no-fail-fast "$@"
     fi
 }
-run --package datapath --test path hosts:: import:: a_mirror_is_told what_a_guest_writes_is_thrown_away
-run --package fake-xapi --test migration the_worked_example_migrates_by_the_flow_base
+run --package volume --test gc --test gc_live -- what_two_nodes_had what_a_guest_writes_over
+run --package datapath --test path -- hosts:: import:: a_mirror_is_told what_a_guest_writes_is_thrown_away
+run --package fake-xapi --test migration -- the_worked_example_migrates_by_the_flow_base

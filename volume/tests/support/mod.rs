@@ -94,6 +94,16 @@ impl Host {
     }
 }
 
+/// Gives a host the programs that tests/older.sh says, where the plugins look first.
+fn older_qemu(root: &Path) {
+    if let Some(programs) = std::env::var_os("TESTED_QEMU") {
+        fs::create_dir_all(root.join("usr/libexec")).unwrap();
+        std::os::unix::fs::symlink(programs, root.join("usr/libexec/xapi-storage-qcow2")).unwrap();
+        let found = plugin::qemu::storage_daemon(&plugin::host::Host::at(root)).unwrap();
+        assert!(found.path.starts_with(root), "{found:?}");
+    }
+}
+
 /// A host with one attached SR.
 pub struct Bench {
     pub host: Host,
@@ -121,6 +131,7 @@ impl Bench {
             .unwrap();
         // Tests look at trees; those of gc start it themselves.
         fs::write(host.root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#).unwrap();
+        older_qemu(&host.root);
         Self { host, sr: Uuid::new_v4().to_string(), path, directory }
     }
 
@@ -143,6 +154,7 @@ impl Bench {
         let inventory = format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4());
         fs::write(host.root.join("etc/xensource-inventory"), inventory).unwrap();
         fs::write(host.root.join("etc/xapi-storage-qcow2.json"), r#"{"gc": false}"#).unwrap();
+        older_qemu(&host.root);
         host.call("SR.attach", json!({"configuration": self.configuration()}));
         host
     }
