@@ -77,7 +77,7 @@ pub fn draw_all(status: &Status) -> String {
         let mut about: Vec<String> =
             about.iter().filter_map(|(what, which)| which.map(|which| format!("{what} {which}"))).collect();
         if !failure.dbg.is_empty() {
-            about.push(format!("task {:?}", failure.dbg));
+            about.push(format!("task {}", failure.dbg));
         }
         if !about.is_empty() {
             line(text, 2, &about.join(", "));
