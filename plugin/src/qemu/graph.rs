@@ -151,12 +151,14 @@ fn export_commands(node: NodeId, export: &Export<'_>) -> Vec<(&'static str, Valu
 }
 
 /// Has commands executed of which each needs those before, all sent at once. What is refused, because it needs what a
-/// kernel or a QEMU does not have, or because of what was refused before it, is tried once more without that.
+/// kernel, a QEMU or an older version's daemon does not have, or because of what was refused before it, is tried once more
+/// without that, or with it.
 ///
 /// # Errors
 ///
 /// When the last one cannot be executed: the first refusal of the second time.
 pub(super) async fn carry_out(client: &Client, mut commands: Vec<(&'static str, Value)>) -> Result<()> {
+    let mut has_group = false;
     loop {
         let answers = client.execute_all(&commands).await?;
         if answers.last().is_none_or(Result::is_ok) {
@@ -172,7 +174,13 @@ pub(super) async fn carry_out(client: &Client, mut commands: Vec<(&'static str, 
         }
         // A kernel or a QEMU without io_uring. Another reason will be given again.
         let without = refused.iter_mut().filter(|(_, arguments)| arguments["aio"] == IO_URING);
-        let changed = without.map(|(_, arguments)| arguments["aio"] = "threads".into()).count();
+        let mut changed = without.map(|(_, arguments)| arguments["aio"] = "threads".into()).count();
+        // A daemon that an older version has started.
+        if !has_group && matches!(&reason, Some(Error::Qmp { desc, .. }) if desc.contains("Throttle group")) {
+            has_group = true;
+            changed += 1;
+            refused.insert(0, ("object-add", json!({"qom-type": "throttle-group", "id": PACE})));
+        }
         match reason {
             Some(error) if changed == 0 => return Err(error),
             _ => commands = refused,
@@ -390,10 +398,21 @@ pub async fn flush(client: &Client, top: NodeId, backing: Option<NodeId>) -> Res
 
 /// Opens the top anew as it is, for a mode.
 async fn reopen(client: &Client, top: NodeId, backing: Option<NodeId>, mode: Mode) -> Result<()> {
+    let reopen_over = async |file: String| {
+        let mut options = format_options(&node_name(top), file.into(), mode);
+        options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
+        client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
+    };
     // Only what was opened for writing is ever reopened.
-    let mut options = format_options(&node_name(top), throttle_name(top).into(), mode);
-    options["backing"] = backing.map_or(Value::Null, |node| node_name(node).into());
-    client.execute("blockdev-reopen", json!({"options": [options]})).await.map(drop)
+    let throttle = throttle_name(top);
+    match reopen_over(throttle.clone()).await {
+        // An older version has opened it, with nothing between the two. QEMU flushes before it looks for the node, so that a
+        // flush that failed does not come to this.
+        Err(Error::Qmp { desc, .. }) if desc.contains(&format!("node-name='{throttle}'")) => {
+            reopen_over(file_name(top)).await
+        }
+        reopened => reopened,
+    }
 }
 
 /// Puts an overlay on the top of an exported chain; clients do not notice. The overlay's file is there and empty.
@@ -447,7 +466,16 @@ pub async fn pace(client: &Client, pace: Option<Pace>) -> Result<()> {
     let Pace { bytes, requests } = pace.unwrap_or(Pace { bytes: 0, requests: 0 });
     let limits = json!({"bps-write": bytes, "iops-write": requests});
     let arguments = json!({"path": format!("/objects/{PACE}"), "property": "limits", "value": limits});
-    client.execute("qom-set", arguments).await.map(drop)
+    match client.execute("qom-set", arguments).await {
+        // An older version has started the daemon, which has no such group and cannot be given a limit.
+        Err(Error::Qmp { class, .. }) if class == "DeviceNotFound" => {
+            if bytes != 0 || requests != 0 {
+                tracing::warn!("the guest is not slowed: its daemon is of an older version");
+            }
+            Ok(())
+        }
+        limited => limited.map(drop),
+    }
 }
 
 /// Gives the top a larger virtual size. No export may be there: it would not allow it.
