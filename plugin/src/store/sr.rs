@@ -259,7 +259,7 @@ impl Sr {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidDeviceConfig`]; else as [`Self::attach`].
+    /// [`Error::InvalidDeviceConfig`]; [`Error::NewerFormat`] where a newer version has attached it; else as [`Self::attach`].
     pub fn attach_with(&self, host: &Host, configuration: &Configuration) -> Result<()> {
         let verify = match configuration.get("verify").map(String::as_str) {
             Some("true") => true,
@@ -272,6 +272,10 @@ impl Sr {
         let path = host.sr_record(self.record.uuid);
         if let Some(directory) = path.parent() {
             host.make_runtime_dir(directory)?;
+        }
+        // One that is torn is made anew; what a newer version wrote is not to be lost.
+        if let Err(error @ Error::NewerFormat { .. }) = record::read_if_present::<AttachedRecord>(&path) {
+            return Err(error);
         }
         let SrRecord { name, description, .. } = self.record.clone();
         let uri = sr_uri(&self.path);
