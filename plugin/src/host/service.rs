@@ -260,3 +260,26 @@ fn notify() -> Result<()> {
     let datagram = UnixDatagram::unbound().map_err(telling)?;
     datagram.send_to(b"READY=1", socket).map(drop).map_err(telling)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_asked_for_is_taken_back_by_whom_it_was_for_and_by_its_age() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path());
+        // Where nothing was ever asked for.
+        forget(&host, "a@", Duration::ZERO).unwrap();
+        let launches = ["a@1.x.service", "a@1.y.service", "a@2.x.service"].map(|name| directory(&host, name));
+        for launch in &launches {
+            host.make_runtime_dir(launch).unwrap();
+            fs::write(launch.join(ORDER), "{}").unwrap();
+        }
+        let left = || launches.iter().map(|launch| launch.exists()).collect::<Vec<_>>();
+        forget(&host, "a@", FORGOTTEN).unwrap();
+        assert_eq!(left(), [true, true, true]);
+        forget(&host, "a@1.", Duration::ZERO).unwrap();
+        assert_eq!(left(), [false, false, true]);
+    }
+}
