@@ -28,6 +28,7 @@ pub struct Host {
     pub root: PathBuf,
     /// Where an SR goes.
     pub place: PathBuf,
+    has_devices: bool,
     log: Listener,
 }
 
@@ -58,10 +59,6 @@ impl Site {
             }
             let inventory = format!("INSTALLATION_UUID='{}'\n", Uuid::new_v4());
             fs::write(root.join("etc/xensource-inventory"), inventory).unwrap();
-            let devices = if has_devices { "always" } else { "never" };
-            let settings =
-                json!({"log": "trace", "block_device": devices, "handshake_seconds": 1, "drain_seconds": 20});
-            fs::write(root.join("etc/xapi-storage-qcow2.json"), settings.to_string()).unwrap();
             let golden: Value = serde_json::from_str(include_str!("../../golden/observer-span.json")).unwrap();
             fs::write(root.join(CONFIGURATIONS).join("o.observer.conf"), golden["conf"].as_str().unwrap()).unwrap();
             if let Some(programs) = std::env::var_os("TESTED_QEMU") {
@@ -70,7 +67,9 @@ impl Site {
             }
             let place = directory.path().join(format!("{name}-sr"));
             fs::create_dir(&place).unwrap();
-            Host { log: log(&root), root, place }
+            let host = Host { log: log(&root), root, place, has_devices };
+            host.set(60);
+            host
         };
         let (source, destination) = (host("a", Listener::syslog), host("b", Listener::journal));
         Self {
@@ -222,8 +221,9 @@ impl Site {
         }
     }
 
-    /// Looks at everything that was executed, but for what the test itself has.
-    pub fn executed(&self) {
+    /// Looks at everything that was executed, but for what the test itself has; each of these has to be among it.
+    pub fn executed(&self, expected: &[&str]) {
+        let mut all = String::new();
         for number in 0..self.calls.get() {
             let text = fs::read_to_string(self.directory.path().join(format!("executed.{number}"))).unwrap();
             let mut lines = text.lines();
@@ -232,7 +232,11 @@ impl Site {
             for line in lines {
                 let which: String = line.chars().take(200).collect();
                 self.look(Place::Executed, &which, line.as_bytes());
+                all.push_str(line);
             }
+        }
+        for word in expected {
+            assert!(all.contains(word), "{word} was not executed");
         }
     }
 
@@ -268,6 +272,13 @@ impl Site {
 }
 
 impl Host {
+    /// Writes the host's settings, one of which is how long a mirror's connection may take to be made, in seconds.
+    pub fn set(&self, handshake: u32) {
+        let devices = if self.has_devices { "always" } else { "never" };
+        let settings = json!({"log": "trace", "block_device": devices, "handshake_seconds": handshake});
+        fs::write(self.root.join("etc/xapi-storage-qcow2.json"), settings.to_string()).unwrap();
+    }
+
     /// The device-config of the host's SR.
     pub fn configuration(&self) -> Value {
         json!({"uri": format!("file://{}", self.place.display())})

@@ -189,7 +189,8 @@ impl At<'_> {
     }
 
     fn gc_ends(&self) {
-        until("space is brought back", || self.site.processes("\0gc\0") == 0);
+        let what = format!("space is brought back of {}", self.host.place.display());
+        until(&what, || self.site.processes("\0gc\0") == 0);
     }
 
     /// Takes everything down.
@@ -244,6 +245,7 @@ fn mirrors(source: &At<'_>, destination: &At<'_>, disk: &str) {
         site.refused(source.host, "Data.copy", request(&remote));
     }
     // Where nobody listens: that is found out later, and told.
+    source.host.set(1);
     for (method, remote) in [
         ("Data.mirror", format!("nbd://127.0.0.1:1/x?password={REMOTE_QUERY}#{REMOTE_FRAGMENT}")),
         ("Data.copy", format!("nbd+unix:///x?session_id={REMOTE_QUERY}&socket=/nowhere")),
@@ -256,18 +258,22 @@ fn mirrors(source: &At<'_>, destination: &At<'_>, disk: &str) {
         site.call(source.host, "Data.destroy", json!({"operation": operation}));
     }
 
+    source.host.set(60);
     let target = destination.create();
     destination.path("Datapath.attach", &target, "MIR0d1e2f");
     destination.path("Datapath.activate", &target, "MIR0d1e2f");
     let to = remote(&destination.host.socket(&target), &target);
+    let complete = |operation: &Value| {
+        until("it is complete", || {
+            let status = site.call(source.host, "Data.stat", json!({"operation": operation}));
+            assert_eq!(status["failed"], false, "{}", site.call(source.host, "Plugin.diagnostics", json!({})));
+            status["complete"] == true
+        });
+    };
     let copy = site.call(source.host, "Data.copy", request(&to));
-    until("the copy is complete", || {
-        site.call(source.host, "Data.stat", json!({"operation": copy}))["complete"] == true
-    });
+    complete(&copy);
     let operation = site.call(source.host, "Data.mirror", request(&to));
-    until("the mirror is complete", || {
-        site.call(source.host, "Data.stat", json!({"operation": operation}))["complete"] == true
-    });
+    complete(&operation);
     assert!(site.processes("\0mirror-supervisor\0") > 0, "no mirror runs");
     assert!(!site.has_devices || site.processes("\0device-server\0") > 0, "no block device is there");
     site.shown();
