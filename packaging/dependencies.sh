@@ -2,11 +2,12 @@
 # Installs what the demo or the tests need and this machine lacks, by apt or dnf.
 #
 #   packaging/dependencies.sh [run|demo|test|packages]
-#   packaging/dependencies.sh older
+#   packaging/dependencies.sh older|machine
 #
 # What is there already, whatever its version, is left as it is. Nothing is asked. Where it cannot install, it says
-# what is missing and fails. `run` is what the plugins themselves need. `older` installs nothing: it puts the programs of
-# Debian 12's QEMU 7.2 into target/qemu-7.2, to be tested beside those of this machine, and prints their directory.
+# what is missing and fails. `run` is what the plugins themselves need. The last two install nothing: `older` puts the
+# programs of Debian 12's QEMU 7.2 into target/qemu-7.2, to be tested beside those of this machine, `machine` a kernel of
+# Debian's and what runs it into target/machine (tests/machine.sh). They print the directory.
 set -eu
 export LC_ALL=C
 PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$HOME/.cargo/bin
@@ -31,39 +32,74 @@ as_root() {
     fi
 }
 
+# Downloads packages into a directory, and puts what is in them there.
+fetch() {
+    into=$1
+    shift
+    { have apt-get && have dpkg-deb; } || die "this is no Debian machine: no packages"
+    rm -rf -- "$into"
+    mkdir -p -- "$into"
+    for package in "$@"; do
+        # On a fresh machine there are no lists of packages yet, or old ones.
+        (cd "$into" && apt-get download "$package" >&2) ||
+            { as_root apt-get update >&2 && (cd "$into" && apt-get download "$package" >&2); } ||
+            die "Debian's archive has no $package for this machine"
+        dpkg-deb --extract "$into/${package%%=*}"_*.deb "$into"
+        rm -f -- "$into"/*.deb
+    done
+}
+
 # Fetches QEMU 7.2 from Debian's archive, four megabytes, if it is not there already.
 older() {
     directory=$(cd "$(dirname -- "$0")/.." && pwd)/target/qemu-7.2
     if [ ! -x "$directory/usr/bin/qemu-storage-daemon" ]; then
-        { have apt-get && have dpkg-deb; } || die "this is no Debian machine: no QEMU 7.2"
-        new=$directory.new
-        rm -rf -- "$new"
-        mkdir -p -- "$new"
-        for package in qemu-system-common qemu-utils; do
-            # On a fresh machine there are no lists of packages yet, or old ones.
-            (cd "$new" && apt-get download "$package=1:7.2*" >&2) ||
-                { as_root apt-get update >&2 && (cd "$new" && apt-get download "$package=1:7.2*" >&2); } ||
-                die "Debian's archive has no $package 7.2 for this machine"
-            dpkg-deb --extract "$new/$package"_*.deb "$new"
-        done
-        rm -f -- "$new"/*.deb
+        fetch "$directory.new" 'qemu-system-common=1:7.2*' 'qemu-utils=1:7.2*'
         rm -rf -- "$directory"
-        mv -- "$new" "$directory"
+        mv -- "$directory.new" "$directory"
     fi
     echo "$directory/usr/bin"
 }
 
-if [ "${1-}" = older ]; then
-    older
-    exit
-fi
+# Prints the packages that one needs, as their names are now, without those that are installed.
+needs() {
+    apt-cache depends --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances "$1" |
+        sed -n 's/^ *Depends: *\([^<>]*\)$/\1/p' | while read -r package; do
+        case $(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null) in
+            installed) ;;
+            *) echo "$package" ;;
+        esac
+    done
+}
+
+# Fetches Debian's kernel for virtual machines, QEMU with all that this machine lacks of it, and busybox, 60 megabytes, if
+# they are not there already.
+machine() {
+    directory=$(cd "$(dirname -- "$0")/.." && pwd)/target/machine
+    if [ ! -x "$directory/files/usr/bin/qemu-system-x86_64" ]; then
+        apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || as_root apt-get update >&2
+        kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)$/\1/p')
+        [ -n "$kernel" ] || die "Debian's archive has no kernel for this machine"
+        # shellcheck disable=SC2046 # a list of words
+        fetch "$directory/new" "$kernel" busybox-static qemu-system-x86 $(needs qemu-system-x86)
+        rm -rf -- "$directory/files"
+        mv -- "$directory/new" "$directory/files"
+    fi
+    echo "$directory/files"
+}
+
+case ${1-} in
+    older | machine)
+        "$1"
+        exit
+        ;;
+esac
 
 case ${1-test} in
     run) programs='qemu-img qemu-storage-daemon' ;;
     packages) programs='cc rpmbuild dpkg-deb readelf' ;;
     demo) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 debugfs' ;;
     test) programs='cc qemu-img qemu-io qemu-storage-daemon mkfs.ext4 mkfs.xfs debugfs nbdcopy nbdinfo strace flock python3 fio rpm rpmbuild dpkg-deb readelf systemd-analyze chromium mandoc' ;;
-    *) die "usage: $0 [run|demo|test|packages|older]" ;;
+    *) die "usage: $0 [run|demo|test|packages|older|machine]" ;;
 esac
 
 # Prints the programs that are missing.

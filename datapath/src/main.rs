@@ -57,10 +57,10 @@ fn main() -> ExitCode {
     let run = match entry.to_str() {
         Some(gc::ENTRY) => return gc::main(&Host::from_environment(), &arguments.next().unwrap_or_default()),
         Some(exchange::ENTRY) => return exchange::main(arguments),
+        Some(plugin::device::ENTRY) => return device::main(&Host::from_environment(), arguments),
         Some(service::ENTRY) => service::main,
         Some(mirror::ENTRY) => mirror::main,
         Some(import::ENTRY) => import::main,
-        Some(plugin::device::ENTRY) => device::main,
         _ => return smapi::main(METHODS),
     };
     run(&Host::from_environment(), &arguments.next().unwrap_or_default().to_string_lossy())

@@ -23,6 +23,9 @@ type Answer<'a> = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send + 'a>>;
 
 const DBG: &str = "OpaqueRef:device";
 
+/// The variable that says what devices are made with, which tests/machine.sh sets: `nbd`, or by default `loop`.
+const DRIVER: &str = "TESTED_DEVICE";
+
 /// The disk's size, in bytes.
 const SIZE: u64 = 32 << 20;
 
@@ -217,7 +220,8 @@ fn volumes(stage: &Stage, vms: &[VmRef]) -> Vec<Vdi> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_system_that_fio_writes_to_migrates_whole_with_its_snapshots() {
-    for needed in ["/dev/fuse", "/dev/loop-control"] {
+    let driver = std::env::var(DRIVER).unwrap_or_else(|_| "loop".to_owned());
+    for needed in ["/dev/fuse", "/dev/loop-control"].into_iter().filter(|_| driver == "loop") {
         assert!(Path::new(needed).exists(), "block devices need {needed}");
     }
     let binaries = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().unwrap();
@@ -225,11 +229,13 @@ async fn a_file_system_that_fio_writes_to_migrates_whole_with_its_snapshots() {
     let (source, destination) = (Arc::clone(&stage.source), Arc::clone(&stage.destination));
     let _cleared = Cleared([Arc::clone(&source), Arc::clone(&destination)]);
     for host in [&source, &destination] {
-        write_settings(host.root(), r#"{"block_device": "always"}"#).unwrap();
+        let settings = format!(r#"{{"block_device": "always", "block_device_driver": "{driver}"}}"#);
+        write_settings(host.root(), &settings).unwrap();
     }
     let vm = stage.xapi.vm_create("vm", &source, &stage.source_sr, &[SIZE]).await.unwrap();
     stage.xapi.vm_start(vm).await.unwrap();
     let disk = device(&source, &volumes(&stage, &[vm])[0]);
+    assert!(fs::read_link(&disk).unwrap().to_str().unwrap().starts_with(&format!("/dev/{driver}")));
     run(Command::new("mkfs.ext4").arg("-q").arg(&disk));
     let load = Load::on(Mounted::new(&disk));
     let mut snapshots = Vec::new();

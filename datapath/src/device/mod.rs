@@ -12,19 +12,27 @@
 //! mount. Who makes the loop device, and takes it away, is [`plugin::attachment`]; it reaches the file by way of
 //! `/proc/<pid>/root`. The process must not open it itself: one that waits for its own answer cannot be killed.
 //!
+//! Where the kernel has a driver for nbd, that is given the connection, and the process only looks after it:
+//!
+//! ```text
+//!   /dev/xapi-storage-qcow2/<volume> ─► /dev/nbd<n> ─► nbd.sock ─► storage daemon
+//! ```
+//!
 //! When the daemon dies, the process ends, and whoever has the device open is told of an error at once. It never
 //! connects again: a new daemon may lack what the last one had not flushed.
 
+mod keep;
 mod protocol;
 mod serve;
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use plugin::device;
+use plugin::device::{self, Driver};
 use plugin::error::{Error, Result};
 use plugin::host::Host;
 use plugin::id::VolumeKey;
@@ -36,13 +44,16 @@ use tokio::net::UnixStream;
 
 use crate::detached;
 
-/// Serves the device of the volume whose runtime directory is given. The exit status is for people.
-pub fn main(host: &Host, directory: &str) -> ExitCode {
+/// Serves the device of the volume whose runtime directory is given, with what it is made. The exit status is for people.
+pub fn main(host: &Host, mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let directory = arguments.next().unwrap_or_default().to_string_lossy().into_owned();
+    let is_nbd = arguments.next().is_some_and(|word| word == Driver::Nbd.word());
+    let driver = if is_nbd { Driver::Nbd } else { Driver::Loop };
     let key = directory.rsplit('/').next().unwrap_or_default().to_owned();
-    detached::run(host, "device", &key, async |key| run(host, Path::new(directory), key).await)
+    detached::run(host, "device", &key, async |key| run(host, Path::new(&directory), key, driver).await)
 }
 
-async fn run(host: &Host, directory: &Path, key: VolumeKey) -> Result<()> {
+async fn run(host: &Host, directory: &Path, key: VolumeKey, driver: Driver) -> Result<()> {
     let patience = Duration::from_secs(host.settings()?.handshake_seconds);
     let socket = Sockets::of(directory).nbd();
     let chosen = async {
@@ -54,6 +65,9 @@ async fn run(host: &Host, directory: &Path, key: VolumeKey) -> Result<()> {
     let timed_out = || Error::Timeout { doing: "choosing the export".to_owned(), seconds: patience.as_secs() };
     let (stream, export) = tokio::time::timeout(patience, chosen).await.map_err(|_| timed_out())??;
     stream.set_nonblocking(false).map_err(|error| Error::io("taking the connection", error))?;
+    if driver == Driver::Nbd {
+        return keep::keep(directory, stream, export);
+    }
     let fuse = mount(&device::file(directory))?;
     // It has all it needs. The threads that serve come from this one.
     let none = CapabilitySet::empty();

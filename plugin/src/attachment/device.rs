@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   opened:  marker file ─► server started ─► recorded ─► its file shown ─► loop device ─► symlink
+//!                                                      └► nbd device connected ────────────┘
 //!   ended:   symlink ─► written back ─► loop device cleared ─► server killed ─► marker file, record
+//!                                └────► nbd device disconnected ─┘ by it
 //! ```
 //!
 //! The marker file is there as long as anything else may be, so a killed call is followed by one that knows. The
@@ -20,7 +22,7 @@ use std::time::Duration;
 
 use super::state::Device;
 use super::{Attachment, Use};
-use crate::device::{self, Cleared, Loop, Mark};
+use crate::device::{self, Cleared, Driver, Loop, Mark, Shown};
 use crate::error::{Error, Result};
 use crate::host::{Host, Process, Settings};
 use crate::id::{Domain, VolumeKey};
@@ -56,32 +58,58 @@ impl Attachment {
         domains.insert(domain.clone());
         let writes = |domain: &Domain| self.state.domains.get(domain) == Some(&Use::ReadWrite);
         let mode = if domains.iter().any(writes) { Mode::ReadWrite } else { Mode::ReadOnly };
-        self.make_device(mode, domains).map_err(|error| error.undone(self.end_device(false)))
+        let mut drivers = Driver::choices(&self.settings).iter().copied().peekable();
+        loop {
+            let Some(driver) = drivers.next() else {
+                return Err(Error::Internal("there is nothing to make a block device with".to_owned()));
+            };
+            let made = self.make_device(driver, mode, domains.clone());
+            let Err(error) = made.map_err(|error| error.undone(self.end_device(false))) else { return Ok(()) };
+            if drivers.peek().is_none() {
+                return Err(error);
+            }
+            tracing::warn!(?driver, error = error.chain(), "a block device is made in another way");
+        }
     }
 
-    fn make_device(&mut self, mode: Mode, domains: BTreeSet<Domain>) -> Result<()> {
-        let server = device::start(&self.host, &self.directory, self.state.volume)?;
+    fn make_device(&mut self, driver: Driver, mode: Mode, domains: BTreeSet<Domain>) -> Result<()> {
+        let (host, directory, patience) = (&self.host, &self.directory, self.settings.qmp());
+        let server = device::start(host, directory, self.state.volume, driver)?;
         self.state.device = Some(Device { server, number: None, mode, domains });
         self.save()?;
         let writable = mode == Mode::ReadWrite;
-        let file = device::wait(&self.host, &self.directory, &server, writable, self.settings.qmp())?;
-        let number = Loop::bind(&file, &self.mark()?, writable)?;
-        if let Some(device) = &mut self.state.device {
+        let shown = match driver {
+            Driver::Nbd => Shown::Nbd(device::wait_for_connection(host, directory, &server, patience)?),
+            Driver::Loop => {
+                let file = device::wait_for_file(host, directory, &server, writable, patience)?;
+                Shown::Loop(Loop::bind(&file, &self.mark()?, writable)?)
+            }
+        };
+        if let (Some(device), Shown::Loop(number)) = (&mut self.state.device, shown) {
             device.number = Some(number);
         }
         let path = device::path(&self.host, self.state.volume);
         self.host.make_runtime_dir(path.parent().unwrap_or(&path))?;
-        link(&path, &number.path())?;
+        link(&path, &shown.path())?;
         self.save()
+    }
+
+    /// Gives the device, once there is one.
+    pub(super) fn shown(&self) -> Option<Shown> {
+        shown(&self.directory, self.state.device.as_ref()?)
     }
 
     /// Tells whether the device is there and its server runs.
     fn device_works(&self) -> bool {
         let Some(device) = &self.state.device else { return false };
         let path = device::path(&self.host, self.state.volume);
-        device.number.is_some_and(|number| {
-            fs::read_link(path).is_ok_and(|target| target == number.path())
-                && self.mark().is_ok_and(|mark| number.has(&mark))
+        self.shown().is_some_and(|shown| {
+            fs::read_link(path).is_ok_and(|target| target == shown.path())
+                && match shown {
+                    Shown::Loop(number) => self.mark().is_ok_and(|mark| number.has(&mark)),
+                    // Its server ends with the connection.
+                    Shown::Nbd(_) => true,
+                }
         }) && device::serves(&self.host, &self.directory, &device.server)
     }
 
@@ -93,16 +121,29 @@ impl Attachment {
     /// When that does not end: the device's server is killed then, once.
     pub fn write_device_back(&mut self, domain: &Domain) -> Result<()> {
         let device = self.state.device.as_ref().filter(|device| device.domains.iter().all(|other| other == domain));
-        let Some(Device { number: Some(number), server, .. }) = device.cloned() else { return Ok(()) };
-        if !device::serves(&self.host, &self.directory, &server) {
-            return Ok(());
-        }
+        let Some(server) = device.map(|device| device.server) else { return Ok(()) };
+        let Some((shown, process)) = self.shown_by(server) else { return Ok(()) };
         let doing = "writing a block device back";
-        self.bounded(Some(server), doing, move || number.write_back())?;
-        if server.is_alive(&self.host) {
+        let server = Some(server).filter(|server| device::serves(&self.host, &self.directory, server));
+        self.bounded(server, doing, move || shown.write_back())?;
+        if process.is_alive(&self.host) {
             return Ok(());
         }
-        Err(Error::Qemu { doing: doing.to_owned(), reason: "its server had to be killed, or died".to_owned() })
+        Err(Error::Qemu { doing: doing.to_owned(), reason: "what serves it had to be killed, or died".to_owned() })
+    }
+
+    /// Gives the device if it works, and the process without which it would not: its server, or, of an nbd device that has
+    /// none any more, the daemon.
+    fn shown_by(&self, server: Process) -> Option<(Shown, Process)> {
+        let shown = self.shown()?;
+        if device::serves(&self.host, &self.directory, &server) {
+            return Some((shown, server));
+        }
+        match shown {
+            Shown::Loop(_) => None,
+            Shown::Nbd(connection) if !connection.is_held().unwrap_or(false) => None,
+            Shown::Nbd(_) => Some((shown, self.state.daemon?)),
+        }
     }
 
     /// Takes the device away from a domain, and ends it with its last one.
@@ -123,16 +164,18 @@ impl Attachment {
         if self.state.device.is_none() && !device::file(&self.directory).exists() {
             return Ok(());
         }
-        let recorded = self.state.device.clone();
-        let server = recorded.as_ref().map(|device| device.server);
+        let server = self.state.device.as_ref().map(|device| device.server);
+        let shown = server.filter(|_| write_back).and_then(|server| self.shown_by(server));
         let server = server.filter(|server| device::serves(&self.host, &self.directory, server));
-        if let (true, Some(server), Some(number)) = (write_back, server, recorded.and_then(|device| device.number)) {
-            let written = self.bounded(Some(server), "writing a block device back", move || number.write_back());
+        if let Some((shown, _)) = shown {
+            let written = self.bounded(server, "writing a block device back", move || shown.write_back());
             if let Err(error) = written {
                 tracing::error!(error = error.chain(), "what was written to a block device may be lost");
             }
         }
-        remove(&self.host, &self.settings, &self.directory, self.state.volume, server)?;
+        let server = server.filter(|server| device::serves(&self.host, &self.directory, server));
+        let processes = Processes { server, daemon: self.state.daemon };
+        remove(&self.host, &self.settings, &self.directory, self.state.volume, processes)?;
         if self.state.device.take().is_some() { self.save() } else { Ok(()) }
     }
 
@@ -148,15 +191,20 @@ impl Attachment {
 
     /// Ends the device if nobody has it open, and tells whether it did.
     fn release_device(&mut self) -> Result<bool> {
-        let Some(Device { number: Some(number), server, .. }) = self.state.device.clone() else {
-            return self.end_device(false).map(|()| true);
+        let server = self.state.device.as_ref().map(|device| device.server);
+        let number = match self.shown() {
+            Some(Shown::Loop(number)) => number,
+            // It cannot be taken back once it is disconnected.
+            Some(Shown::Nbd(connection)) if connection.is_open() => return Ok(false),
+            Some(Shown::Nbd(_)) => return self.end_device(true).map(|()| true),
+            None => return self.end_device(false).map(|()| true),
         };
         let mark = self.mark()?;
         let clear = move || {
-            number.write_back()?;
+            Shown::Loop(number).write_back()?;
             number.clear(&mark).map(|cleared| (cleared, mark))
         };
-        let (cleared, mark) = self.bounded(Some(server), "clearing a block device", clear)?;
+        let (cleared, mark) = self.bounded(server, "clearing a block device", clear)?;
         if cleared == Cleared::Now {
             return self.end_device(false).map(|()| true);
         }
@@ -173,8 +221,22 @@ impl Attachment {
         doing: &str,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        bounded(&self.host, &self.settings, server, doing, work)
+        let processes = Processes { server, daemon: self.state.daemon };
+        bounded(&self.host, &self.settings, &self.directory, processes, doing, work)
     }
+}
+
+/// What is behind a device: its server, if it runs, and the volume's daemon.
+#[derive(Clone, Copy)]
+pub(super) struct Processes {
+    pub server: Option<Process>,
+    pub daemon: Option<Process>,
+}
+
+/// Gives a device that is recorded, once there is one.
+pub(super) fn shown(directory: &Path, device: &Device) -> Option<Shown> {
+    let connected = || device::kernel::connection(directory).ok().flatten().filter(|connection| connection.ready);
+    device.number.map(Shown::Loop).or_else(|| connected().map(Shown::Nbd))
 }
 
 /// Removes what there is of a volume's device, by who holds the volume's lock: the one that is recorded, or what no
@@ -184,14 +246,14 @@ pub(super) fn remove(
     settings: &Settings,
     directory: &Path,
     volume: VolumeKey,
-    server: Option<Process>,
+    processes: Processes,
 ) -> Result<()> {
     let file = device::file(directory);
     if !file.exists() {
         return Ok(());
     }
     unlink(&device::path(host, volume))?;
-    let mark = Mark::of(volume, directory)?;
+    let (mark, server) = (Mark::of(volume, directory)?, processes.server);
     let clear = {
         let file = file.clone();
         move || {
@@ -203,29 +265,27 @@ pub(super) fn remove(
             Ok(())
         }
     };
+    let doing = "clearing a block device";
     // One that no record tells of, as its call was killed, is not asked for anything.
     match server {
-        Some(_) => bounded(host, settings, server, "clearing a block device", clear)?,
+        Some(_) => bounded(host, settings, directory, processes, doing, clear)?,
         None => {
             device::kill_strays(host, directory, settings.qmp())?;
             clear()?;
         }
     }
-    if let Some(server) = server {
-        server.kill(host, settings.qmp())?;
-    }
-    for path in [directory.join(device::LOG), file] {
-        crate::record::remove(&path)?;
-    }
-    Ok(())
+    let (on, at, patience) = (host.clone(), directory.to_owned(), settings.qmp() / 4);
+    let rest = move || device::remove_rest(&on, &at, server.as_ref(), patience);
+    bounded(host, settings, directory, processes, doing, rest)
 }
 
-/// Does something that waits for the kernel, and the kernel perhaps for the server: then the server is killed, which
+/// Does something that waits for the kernel, and the kernel perhaps for the server or the daemon: then one is killed, which
 /// gives the kernel an answer.
 fn bounded<T: Send + 'static>(
     host: &Host,
     settings: &Settings,
-    server: Option<Process>,
+    directory: &Path,
+    processes: Processes,
     doing: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -233,10 +293,9 @@ fn bounded<T: Send + 'static>(
     std::thread::spawn(move || drop(sender.send(work())));
     let timed_out = |patience: Duration| Error::Timeout { doing: doing.to_owned(), seconds: patience.as_secs() };
     receiver.recv_timeout(settings.qmp()).unwrap_or_else(|_| {
-        tracing::error!(doing, "killing the server of a block device that does not answer");
-        if let Some(server) = server {
-            server.kill(host, settings.qmp())?;
-        }
+        tracing::error!(doing, "ending the server of a block device that does not answer");
+        let Processes { server, daemon } = processes;
+        device::release(host, directory, server.as_ref(), daemon.as_ref(), settings.qmp())?;
         receiver.recv_timeout(settings.qmp()).unwrap_or_else(|_| Err(timed_out(settings.qmp())))
     })
 }

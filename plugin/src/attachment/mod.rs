@@ -289,7 +289,8 @@ fn remove_directory(host: &Host, settings: &Settings, directory: &Path) {
     }
     let volume = directory.file_name().and_then(|name| name.to_str()?.parse().ok());
     if let Some(volume) = volume
-        && let Err(error) = device::remove(host, settings, directory, volume, None)
+        && let Err(error) =
+            device::remove(host, settings, directory, volume, device::Processes { server: None, daemon: None })
     {
         tracing::error!(error = error.chain(), "a block device that no record tells of is left");
         return;

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::device::shown;
 use super::state::{Phase, State};
 use super::{Attachment, LOCK, Use, clients};
+use crate::device::Shown;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::id::{Domain, NodeId, VolumeKey, VolumeUri};
@@ -75,7 +77,7 @@ impl Attachment {
             is_running,
             domains: state.domains,
             open,
-            device: state.device.and_then(|device| device.number).map(|number| number.path()),
+            device: state.device.and_then(|device| shown(&directory, &device)).map(Shown::path),
             import: state.import.map(|import| import.domain),
             unflushed: state.unflushed.into_keys().collect(),
         }))

@@ -22,7 +22,6 @@ const SET_STATUS: libc::Ioctl = 0x4C04;
 const GET_STATUS: libc::Ioctl = 0x4C05;
 const SET_FILE: libc::Ioctl = 0x4C00;
 const SET_DIRECT_IO: libc::Ioctl = 0x4C08;
-const WRITE_BACK: libc::Ioctl = 0x1261; // BLKFLSBUF
 
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
@@ -170,19 +169,6 @@ impl Loop {
     pub fn has(self, mark: &Mark) -> bool {
         let Ok(device) = self.open(false) else { return false };
         status(device.as_raw_fd()).is_ok_and(|info| info.file_name == mark.0)
-    }
-
-    /// Passes what the kernel holds back of the device's data on to the file below.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses. That a write failed is told to whoever wrote.
-    pub fn write_back(self) -> Result<()> {
-        let device = self.open(false)?;
-        // SAFETY: BLKFLSBUF takes no argument.
-        #[allow(unsafe_code)]
-        let done = unsafe { libc::ioctl(device.as_raw_fd(), WRITE_BACK, 0) };
-        if done == 0 { Ok(()) } else { Err(self.failed("writing back", io::Error::last_os_error())) }
     }
 
     /// Clears the device, at once or, when somebody does not close it soon, as soon as they do.

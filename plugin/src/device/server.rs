@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::{ENTRY, file};
+use super::{Connection, Driver, ENTRY, Shown, file, kernel};
 use crate::error::{Error, Result};
 use crate::host::{Host, Launch, Process, this_program};
 use crate::id::VolumeKey;
@@ -25,14 +25,14 @@ const LOOK: Duration = Duration::from_millis(1);
 /// # Errors
 ///
 /// When it cannot be started.
-pub fn start(host: &Host, directory: &Path, volume: VolumeKey) -> Result<Process> {
+pub fn start(host: &Host, directory: &Path, volume: VolumeKey, driver: Driver) -> Result<Process> {
     let path = file(directory);
     // It is found by this, if it is found in no record.
     let made = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
     made.map_err(Error::on("making", &path))?;
     let program = this_program()?;
     let unit = format!("xapi-storage-qcow2-device@{volume}");
-    let arguments = [ENTRY.into(), directory.into()];
+    let arguments = [ENTRY.into(), directory.into(), driver.word().into()];
     let log = directory.join(LOG);
     Launch { unit: &unit, program: &program, arguments: &arguments, log: &log, observed: false }.start(host)
 }
@@ -42,13 +42,53 @@ pub fn start(host: &Host, directory: &Path, volume: VolumeKey) -> Result<Process
 /// # Errors
 ///
 /// When the server ends instead, with its last words, or is not ready in time.
-pub fn wait(host: &Host, directory: &Path, server: &Process, writable: bool, patience: Duration) -> Result<File> {
-    let deadline = Instant::now() + patience;
+pub fn wait_for_file(
+    host: &Host,
+    directory: &Path,
+    server: &Process,
+    writable: bool,
+    patience: Duration,
+) -> Result<File> {
     let path = seen_by(server, &file(directory));
-    loop {
+    wait(host, directory, server, patience, || {
         // Before the mount it is an empty file, or nothing.
-        if fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0) {
-            return OpenOptions::new().read(true).write(writable).open(&path).map_err(Error::on("opening", &path));
+        if !fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0) {
+            return Ok(None);
+        }
+        let opened = OpenOptions::new().read(true).write(writable).open(&path);
+        opened.map(Some).map_err(Error::on("opening", &path))
+    })
+}
+
+/// Waits until a server has the kernel's driver connected.
+///
+/// # Errors
+///
+/// As [`wait_for_file`].
+pub fn wait_for_connection(
+    host: &Host,
+    directory: &Path,
+    server: &Process,
+    patience: Duration,
+) -> Result<Connection> {
+    wait(host, directory, server, patience, || {
+        let connection = kernel::connection(directory)?.filter(|connection| connection.ready);
+        Ok(connection.filter(|connection| Shown::Nbd(*connection).path().exists()))
+    })
+}
+
+/// Waits until a server is ready.
+fn wait<T>(
+    host: &Host,
+    directory: &Path,
+    server: &Process,
+    patience: Duration,
+    mut look: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + patience;
+    loop {
+        if let Some(ready) = look()? {
+            return Ok(ready);
         }
         if !server.is_alive(host) {
             let said = fs::read_to_string(directory.join(LOG)).unwrap_or_default();
@@ -61,6 +101,66 @@ pub fn wait(host: &Host, directory: &Path, server: &Process, writable: bool, pat
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Ends a server, so that whoever waits for its device has an answer, although it or the daemon hangs. An nbd device's
+/// cuts the connection; where it cannot, the daemon is killed, at the other end.
+///
+/// # Errors
+///
+/// [`Error::Timeout`] when a process does not end.
+pub fn release(
+    host: &Host,
+    directory: &Path,
+    server: Option<&Process>,
+    daemon: Option<&Process>,
+    patience: Duration,
+) -> Result<()> {
+    let is_connected = kernel::connection(directory)?.is_some();
+    if let Some(server) = server {
+        let asked = (0..2).all(|_| kernel::ask_to_end(directory).is_ok());
+        if is_connected && asked && server.wait(host, patience) {
+            return Ok(());
+        }
+        // What the kernel has is cut off below, and by who has killed it.
+        server.signal(host, rustix::process::Signal::KILL);
+    }
+    if let Some(daemon) = daemon.filter(|_| is_connected) {
+        tracing::error!(pid = daemon.pid, "killing a storage daemon that a block device waits for");
+        daemon.kill(host, patience)?;
+    }
+    match server {
+        Some(server) => server.kill(host, patience),
+        None => Ok(()),
+    }
+}
+
+/// Ends the server of a volume, if there is one, and removes what it leaves: an nbd device that is connected, and files.
+/// The loop device is cleared already.
+///
+/// # Errors
+///
+/// [`Error::Timeout`] when a process does not end; when the kernel refuses.
+pub fn remove_rest(host: &Host, directory: &Path, server: Option<&Process>, patience: Duration) -> Result<()> {
+    if let Some(server) = server {
+        let is_ready = kernel::connection(directory)?.is_some_and(|connection| connection.ready);
+        // First by a goodbye, which a daemon that hangs may not take.
+        let has_ended = || kernel::ask_to_end(directory).is_ok() && server.wait(host, patience);
+        if !(is_ready && (has_ended() || has_ended())) {
+            server.kill(host, patience)?;
+        }
+    }
+    if let Some(connection) = kernel::connection(directory)? {
+        kernel::disconnect_left(connection)?;
+        if connection.is_held()? {
+            let device = Shown::Nbd(connection).path();
+            tracing::warn!(device = %device.display(), "a block device is taken from under who has it open");
+        }
+    }
+    for path in [directory.join(LOG), kernel::control(directory), kernel::record(directory), file(directory)] {
+        crate::record::remove(&path)?;
+    }
+    Ok(())
 }
 
 /// Gives a path as a process sees it.

@@ -19,7 +19,7 @@ pub use launch::Launch;
 pub use process::Process;
 pub(crate) use process::end_with_this;
 pub use program::this_program;
-pub use settings::{BlockDevices, Settings};
+pub use settings::{BlockDeviceDriver, BlockDevices, Settings};
 
 /// The variable that puts a directory before every absolute path of the host but those of SRs, so that several
 /// hosts can live on one machine.

@@ -38,6 +38,8 @@ pub struct Settings {
     pub gc_live_mib: u64,
     /// Who is given block devices.
     pub block_device: BlockDevices,
+    /// What block devices are made with.
+    pub block_device_driver: BlockDeviceDriver,
     /// What goes to the host's log: levels, for all or for a module, between commas.
     pub log: String,
 }
@@ -52,6 +54,18 @@ pub enum BlockDevices {
     Always,
     /// Nowhere.
     Never,
+}
+
+/// What block devices are made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockDeviceDriver {
+    /// The kernel's nbd driver, where there is one and it takes the device; else as [`Self::Loop`].
+    Auto,
+    /// The kernel's nbd driver.
+    Nbd,
+    /// A loop device over a file that is served by FUSE.
+    Loop,
 }
 
 impl Default for Settings {
@@ -69,6 +83,7 @@ impl Default for Settings {
             gc_live: true,
             gc_live_mib: 64,
             block_device: BlockDevices::Auto,
+            block_device_driver: BlockDeviceDriver::Auto,
             log: "info".to_owned(),
         }
     }
