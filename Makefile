@@ -56,6 +56,7 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_STEPS=40 \
 		$(CARGO) test --package fake-xapi --test steps
 	FAKE_XAPI_POWER=all FAKE_XAPI_DISK=all $(CARGO) test --package fake-xapi --test steps -- power broken
+	tests/machine.sh
 
 soak: dependencies-test ## Try everything that is random with new seeds, for half an hour (SOAK_MINUTES)
 	tests/soak.sh $(SOAK_MINUTES)
