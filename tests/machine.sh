@@ -106,7 +106,7 @@ run() {
         timeout --foreground "$patience" "$programs/usr/bin/qemu-system-x86_64" -nodefaults -no-user-config -display none \
         -no-reboot -L "$programs/usr/share/qemu" -L "$programs/usr/share/seabios" -accel "$accelerator" -cpu "$processor" \
         -smp 2 -m 3072 -serial stdio -kernel "$kernel" -initrd "$machine/initramfs" \
-        -append "console=ttyS0 quiet panic=-1 oops=panic" </dev/null | tr -d '\r' | tee "$log" | grep -vE '^(SeaBIOS|$)' || true
+        -append "console=ttyS0 quiet panic=-1 oops=panic" </dev/null | sed -u 's/\r$//' | tee "$log" | grep -vE '^(SeaBIOS|$)' || true
     if ! grep -q '^machine: .* ended with 0$' "$log" || grep -q '^machine: .* is left$' "$log"; then
         echo "machine: $kind devices failed; $log has it all" >&2
         return 1

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::judge;
 use crate::attachment::fuzzed as attachment;
+use crate::device::Connection;
 use crate::error::{Error, Result};
 use crate::gc;
 use crate::mirror::{Blocks, MirrorRecord, Session};
@@ -30,6 +31,7 @@ pub(super) fn run(input: &[u8]) {
         b'x' => drop(read::<Session>(bytes)),
         b'p' => drop(read::<Findings>(bytes)),
         b'g' => drop(read::<gc::State>(bytes)),
+        b'd' => drop(read::<Connection>(bytes)),
         _ => {}
     }
 }
