@@ -16,6 +16,10 @@ use anyhow::Result;
 /// What larger files take is better left to qemu-img, in bytes on disk.
 const SMALL: u64 = 1 << 20;
 
+/// And what has holes that take longer to read than an answer does, in bytes: a file is made longer when it takes data under
+/// a guest.
+const SHORT: u64 = 16 << 20;
+
 /// What was asked: the kind of answer, and the length and two hashes of each file.
 type Question = (TypeId, Vec<[u64; 3]>);
 
@@ -40,7 +44,8 @@ pub fn of<T: Any + Clone + Send>(files: &[&Path], ask: impl FnOnce() -> Result<T
 
 /// Gives what tells a small file's content from others'.
 fn bytes(file: &Path) -> Option<[u64; 3]> {
-    if std::fs::metadata(file).ok()?.blocks() * 512 > SMALL {
+    let metadata = std::fs::metadata(file).ok()?;
+    if metadata.blocks() * 512 > SMALL || metadata.len() > SHORT {
         return None;
     }
     let content = std::fs::read(file).ok()?;
