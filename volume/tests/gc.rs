@@ -435,10 +435,11 @@ fn space_comes_back_without_anybodys_help() {
 fn a_chain_is_not_made_longer_than_it_may_be() {
     let bench = Bench::new();
     let volume = bench.create(MIB);
+    let other = bench.clone_of(&volume);
     let directory = bench.tree_directory(&volume);
     let mut tree = bench.tree(&volume);
     let mut below = tree["volumes"][&volume]["node"].as_str().unwrap().to_owned();
-    for _ in 1..plan::MAX_CHAIN {
+    for _ in 2..plan::MAX_CHAIN {
         let node = uuid::Uuid::new_v4().to_string();
         let backing = format!("{below}.qcow2");
         let blank = Blank { virtual_size: MIB, backing: Some(&backing), unit: Unit::Cluster };
@@ -448,10 +449,27 @@ fn a_chain_is_not_made_longer_than_it_may_be() {
     }
     tree["volumes"][&volume]["node"] = json!(below);
     fs::write(directory.join("tree.json"), tree.to_string()).unwrap();
-    for method in ["Volume.snapshot", "Volume.clone"] {
-        assert_eq!(bench.code(method, json!({"key": volume})), "SR_BACKEND_FAILURE_109");
+    let nodes = |bench: &Bench| bench.tree(&volume)["nodes"].as_object().unwrap().len();
+    let before = nodes(&bench);
+    // The last one that may be.
+    let snapshot = bench.snapshot(&volume);
+    assert_eq!(nodes(&bench), before + 1);
+    let child = bench.create(MIB);
+    for (method, more) in [
+        ("Volume.snapshot", json!({"key": volume})),
+        ("Volume.clone", json!({"key": volume})),
+        ("Volume.revert", json!({"key": other, "snapshot": volume})),
+        ("Volume.compose", json!({"key": child, "key2": volume})),
+    ] {
+        assert_eq!(bench.code(method, more), "SR_BACKEND_FAILURE_109", "{method}");
+        assert_eq!(nodes(&bench), before + 1, "{method}");
     }
-    bench.destroy(&volume);
+    // What does not reach the end of it goes on, and so does whoever was cloned at the end and is to be written to.
+    let clone = bench.clone_of(&snapshot);
+    let last = bench.clone_of(&other);
+    for volume in [clone, last, child, other, snapshot, volume] {
+        bench.destroy(&volume);
+    }
     bench.check();
 }
 

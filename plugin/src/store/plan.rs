@@ -39,9 +39,9 @@ pub fn size(asked: i128) -> Result<u64> {
     }
 }
 
-/// The most nodes of a chain that is made. QEMU opens and closes a chain in a time that grows with the square of its
-/// length; with so many nodes it is some ten seconds.
-pub const MAX_CHAIN: usize = 256;
+/// The most nodes of a chain that is made. QEMU opens a chain, and looks at it for anybody who asks, in a time that grows
+/// faster than the square of its length; its guest waits meanwhile (docs/operations.md).
+pub const MAX_CHAIN: usize = 128;
 
 /// Refuses one more node on a volume's. The overlay that a clone's original needs when it is next written to is not
 /// refused: that volume could not be used any more.

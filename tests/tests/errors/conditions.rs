@@ -66,7 +66,7 @@ pub fn all() -> Vec<Condition> {
         "the device-config has no `uri`" => no_uri,
         "the device-config's `uri` is no directory's" => wrong_uri,
         "the device-config's `sr_uuid` is not that of the SR there" => wrong_uuid,
-        "snapshot, clone, revert or compose would make a chain of more than 256 nodes" => long_chain,
+        "snapshot, clone, revert or compose would make a chain of more than 128 nodes" => long_chain,
         "the request cannot be understood" => bad_request,
         "a system call failed" => system_call,
         "something took longer than its setting" => too_long,
@@ -261,7 +261,7 @@ async fn wrong_uuid(b: Arc<Bench>) -> Result<Failure> {
 
 async fn long_chain(b: Arc<Bench>) -> Result<Failure> {
     let (child, parent) = (b.create(MIB).await?, b.create(MIB).await?);
-    for _ in 1..256 {
+    for _ in 1..128 {
         b.snapshot(&parent.key).await?;
     }
     // A snapshot makes it longer as well.
