@@ -55,7 +55,8 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 		$(CARGO) test --package fake-xapi --test migration --test smapiv1 random
 	seed=$$(date +%s); echo "FAKE_XAPI_SEED=$$seed"; FAKE_XAPI_SEED=$$seed FAKE_XAPI_STEPS=40 \
 		$(CARGO) test --package fake-xapi --test steps
-	FAKE_XAPI_POWER=all FAKE_XAPI_DISK=all $(CARGO) test --package fake-xapi --test steps -- power broken
+	FAKE_XAPI_POWER=all FAKE_XAPI_DISK=all FAKE_XAPI_MERGE=all \
+		$(CARGO) test --package fake-xapi --test steps -- power broken merging
 	tests/machine.sh
 
 soak: dependencies-test ## Try everything that is random with new seeds, for half an hour (SOAK_MINUTES)

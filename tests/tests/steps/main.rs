@@ -1,7 +1,7 @@
 //! What becomes of the calls that change something when they are struck, and when the power goes.
 //!
-//! [`struck`] strikes calls at their system calls, [`power`] cuts the power, [`broken`] breaks the disk; all judge what is
-//! left by [`judge`].
+//! [`struck`] strikes calls at their system calls, [`power`] cuts the power, [`broken`] breaks the disk, [`merging`] meets
+//! merges half-way; all judge what is left by [`judge`].
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where it fails")]
 #![expect(clippy::print_stdout, reason = "a test talks to people")]
@@ -13,6 +13,7 @@ mod held;
 mod image;
 mod judge;
 mod log;
+mod merging;
 mod operation;
 mod place;
 mod power;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -215,7 +215,19 @@ impl Site {
     }
 
     fn run(&self, tracer: &[&str], method: &str, request: &Value) -> Result<Output> {
-        let kind = if method.starts_with("Datapath") { "datapath" } else { "volume" };
+        Ok(self.start(tracer, method, request)?.wait_with_output()?)
+    }
+
+    /// Waits for a call that is to succeed.
+    pub fn answer(method: &str, call: Child) -> Result<Value> {
+        let output = call.wait_with_output()?;
+        ensure!(output.status.success(), "{method}: {output:?}");
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// Starts a call, and lets it run.
+    pub fn start(&self, tracer: &[&str], method: &str, request: &Value) -> Result<Child> {
+        let kind = if method.starts_with("Data") { "datapath" } else { "volume" };
         let directory = Path::new(env!("CARGO_BIN_EXE_fake-xapi")).parent().context("no directory")?;
         let script = directory.join(format!("xapi-storage-qcow2-{kind}"));
         let script = script.to_str().context("a path")?;
@@ -231,12 +243,17 @@ impl Site {
             .with_context(|| words[0].to_owned())?;
         // One that was killed at once does not read it.
         let _ = child.stdin.take().context("no stdin")?.write_all(request.to_string().as_bytes());
-        Ok(child.wait_with_output()?)
+        Ok(child)
+    }
+
+    /// Where the host keeps what does not outlive it.
+    pub fn runtime(&self) -> PathBuf {
+        self.root.join("run/xapi-storage-qcow2")
     }
 
     /// Where a volume's export is served.
     pub fn socket(&self, volume: &str) -> PathBuf {
-        self.root.join("run/xapi-storage-qcow2/volumes").join(volume).join("nbd.sock")
+        self.runtime().join("volumes").join(volume).join("nbd.sock")
     }
 
     /// Runs qemu-io on a volume's export: with the cache `writeback` it flushes when it ends and when it is told to, with
@@ -305,7 +322,7 @@ impl Site {
         }
         ensure!(self.processes().is_empty(), "left running: {:?}", self.processes());
         for directory in ["volumes", "mirrors"] {
-            let path = self.root.join("run/xapi-storage-qcow2").join(directory);
+            let path = self.runtime().join(directory);
             let left: Vec<_> =
                 fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
             ensure!(left.is_empty(), "left over: {left:?}");

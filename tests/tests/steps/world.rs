@@ -14,7 +14,7 @@ pub const GUEST: &str = "7";
 /// The domain for which a volume that no guest has is written to.
 pub const WRITER: &str = "8";
 /// That of a migration.
-const MIGRATION: &str = "MIR0a1b2c";
+pub const MIGRATION: &str = "MIR0a1b2c";
 
 /// An SR with volumes, and what they are to hold.
 pub struct World {
@@ -78,7 +78,8 @@ impl World {
         self.keys.get(name).map_or("00000000-0000-4000-8000-000000000000", String::as_str)
     }
 
-    fn uri(&self, name: &str) -> String {
+    /// Gives the URI of a volume's datapath.
+    pub fn uri(&self, name: &str) -> String {
         format!("qsd://{}/{}", self.site.sr, self.key(name))
     }
 
