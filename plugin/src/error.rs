@@ -42,6 +42,9 @@ pub enum Error {
     /// There is an SR already.
     #[error("there is an SR already at {0}")]
     SrExists(PathBuf),
+    /// There are volumes of an SR whose record is gone.
+    #[error("there are volumes at {0}, and no record of their SR")]
+    RecordLost(PathBuf),
     /// The SR holds volumes.
     #[error("SR {0} still holds volumes")]
     SrNotEmpty(String),
@@ -275,7 +278,7 @@ impl Error {
             Self::SrInUse { .. } => 16,
             Self::VolumeInUse { .. } => 24,
             Self::SrNotEmpty(_) => 39,
-            Self::SrExists(_) => 42,
+            Self::SrExists(_) | Self::RecordLost(_) => 42,
             Self::NoSpace { .. } => 44,
             Self::DamagedRecord { .. }
             | Self::NewerFormat { .. }
@@ -296,7 +299,64 @@ impl Error {
             Self::ReadOnlyFileSystem { .. } => 461,
             Self::Internal(_) => 1200,
         };
-        (format!("SR_BACKEND_FAILURE_{number}"), vec![String::new(), self.chain(), String::new()])
+        (format!("SR_BACKEND_FAILURE_{number}"), vec![String::new(), self.told(), String::new()])
+    }
+
+    /// Gives [`Self::chain`], and what a person can do.
+    pub fn told(&self) -> String {
+        let remedy = self.remedy().map(|remedy| format!("; {remedy}"));
+        self.chain() + &remedy.unwrap_or_default()
+    }
+
+    /// Says what a person can do, where the message does not.
+    pub fn remedy(&self) -> Option<String> {
+        let remedy = match self {
+            Self::BadRequest(_) => "this is a mistake of xapi's or of the plugin's: report it",
+            Self::InvalidDeviceConfig { key: "uri", .. } => {
+                "give uri=file:///absolute/path of a directory that exists"
+            }
+            Self::InvalidDeviceConfig { key: "sr_uuid", .. } => "look whether the right file system is mounted",
+            Self::SrNotAttached(_) => "plug its PBD",
+            Self::SrUnavailable { path, .. } => {
+                let check = check(path).map(|check| format!("; if it is, {check} says what can be done"));
+                return Some(format!("look whether its file system is mounted{}", check.unwrap_or_default()));
+            }
+            Self::SrExists(_) => "give another directory, or introduce the SR that is there",
+            Self::RecordLost(path) => {
+                return Some(format!("give another directory; {} says what is left of it", check_command(path)));
+            }
+            Self::SrNotEmpty(_) => "destroy them first",
+            Self::SrInUse { .. } => "stop the VMs that use it",
+            Self::VolumeDoesNotExist(_) => "scan the SR",
+            Self::DataDestroyed(_) => "use another snapshot",
+            Self::ChangesNotTracked(_) => "enable changed block tracking before the first snapshot",
+            Self::UnrelatedVolumes { .. } => "ask for two volumes of one disk",
+            Self::VolumeInUse { .. } => "stop the VM, or wait until the migration or task has ended",
+            Self::NotActive { .. } => "let xapi activate it first",
+            Self::NotComposed(_) => "start the VM at the source, whose disk is whole, or compose the two volumes",
+            Self::ImportBroken { .. } | Self::MirrorBroken { .. } => {
+                "the disk at the source is whole: let the VM run there, and migrate it again"
+            }
+            Self::ActivatedOnAnotherHost { .. } => "deactivate it there",
+            Self::ChainTooLong { .. } => {
+                "destroy snapshots, and give gc the time to merge what they leave, or copy the volume"
+            }
+            Self::NoSpace { .. } => "free space: destroying volumes works on a full SR",
+            Self::ReadOnlyFileSystem { .. } => "mount it for writing",
+            Self::Io { .. } => "the kernel's log may say more",
+            Self::Timeout { .. } => "'xapi-storage-qcow2 status' says what hangs",
+            Self::Qemu { .. } | Self::Qmp { .. } => "'xapi-storage-qcow2 status' and the host's log may say more",
+            Self::Undo { first, .. } => return first.remedy(),
+            Self::Internal(_) => "report it",
+            Self::MissingDeviceConfig(_)
+            | Self::InvalidDeviceConfig { .. }
+            | Self::DamagedRecord { .. }
+            | Self::NewerFormat { .. }
+            | Self::Image { .. }
+            | Self::InvalidSize(_)
+            | Self::Unsupported(_) => return None,
+        };
+        Some(remedy.to_owned())
     }
 
     /// Gives the message with those of its causes, joined by colons.
@@ -314,9 +374,14 @@ impl Error {
 
 /// Says by which command a person learns more of a file that is part of an SR.
 fn advice(path: &Path) -> String {
+    check(path).map_or_else(String::new, |check| format!("; {check} says what can be done"))
+}
+
+/// Gives the command that looks at the SR that a file is part of, where the file's name tells which that is.
+fn check(path: &Path) -> Option<String> {
     let above = |levels: usize| path.ancestors().nth(levels);
     let is_in = |levels, name: &str| above(levels).and_then(Path::file_name).is_some_and(|found| found == name);
-    let sr = if path.file_name().is_some_and(|name| name == "sr.json") {
+    let sr = if path.file_name().is_some_and(|name| name == "sr.json" || name == "trees") {
         above(1)
     } else if is_in(2, "trees") {
         above(3)
@@ -325,7 +390,12 @@ fn advice(path: &Path) -> String {
     } else {
         None
     };
-    sr.map_or_else(String::new, |sr| format!("; 'xapi-storage-qcow2 check {}' says what can be done", sr.display()))
+    sr.map(check_command)
+}
+
+/// Gives the command that looks at the SR in a directory.
+fn check_command(sr: &Path) -> String {
+    format!("'xapi-storage-qcow2 check {}'", sr.display())
 }
 
 #[cfg(test)]

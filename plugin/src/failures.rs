@@ -45,7 +45,7 @@ pub struct Failure {
 impl Failure {
     /// Makes the note of an error, now.
     pub fn of(method: impl Into<String>, error: &Error) -> Self {
-        Self { method: method.into(), code: error.code().0, message: error.chain(), ..Self::default() }
+        Self { method: method.into(), code: error.code().0, message: error.told(), ..Self::default() }
     }
 
     /// Adds it to those of the host. What cannot be written is not kept.

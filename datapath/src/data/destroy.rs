@@ -24,7 +24,7 @@ pub fn execute(host: &Host, parameters: OperationParameters) -> Result<()> {
         }
     };
     if goes_on {
-        let reason = format!("operation {} goes on: cancel it first", record.key);
+        let reason = format!("operation {} goes on", record.key);
         return Err(Error::VolumeInUse { volume: record.volume.to_string(), reason });
     }
     mirror::end(host, &record, How::Cancel, "it was destroyed")?.remove(host)

@@ -14,7 +14,7 @@ pub use super::Parameters;
 pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let Some(record) = parameters.find(host)? else { return Ok(()) };
     if record.is_running(host) {
-        let reason = format!("task {} goes on: cancel it first", record.key);
+        let reason = format!("task {} goes on", record.key);
         return Err(Error::VolumeInUse { volume: record.volume.to_string(), reason });
     }
     mirror::end(host, &record, How::Cancel, "it was destroyed")?.remove(host)

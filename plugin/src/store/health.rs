@@ -113,10 +113,10 @@ fn health_of(error: &Error) -> Health {
             }
             _ => Health::Unavailable(format!("{text}: see the kernel's log for the file system's errors")),
         },
-        Error::SrUnavailable { .. } => Health::Unavailable(format!(
-            "{text}; mount its file system, or unplug the PBD if the SR is gone for good"
-        )),
-        _ => Health::Unavailable(text),
+        Error::SrUnavailable { .. } => {
+            Health::Unavailable(format!("{}; if the SR is gone for good, unplug its PBD", error.told()))
+        }
+        _ => Health::Unavailable(error.told()),
     }
 }
 

@@ -213,7 +213,9 @@ pub fn reverted(tree: &Tree, key: VolumeKey, snapshot: VolumeKey, overlay: NodeI
     }
     let old = tree.volume_with_data(key)?.node;
     let kept = tree.volumes.get(&snapshot).ok_or_else(|| {
-        Error::Unsupported(format!("reverting volume {key} to {snapshot}, which is of another disk"))
+        Error::Unsupported(format!(
+            "reverting volume {key} to {snapshot}, which is of another disk; clone the snapshot instead"
+        ))
     })?;
     if kept.data_destroyed {
         return Err(Error::DataDestroyed(snapshot.to_string()));

@@ -95,7 +95,8 @@ impl Sr {
     ///
     /// # Errors
     ///
-    /// [`Error::SrExists`] when another SR is there, [`Error::InvalidDeviceConfig`] when there is no directory.
+    /// [`Error::SrExists`] when another SR is there, [`Error::RecordLost`] when its volumes are,
+    /// [`Error::InvalidDeviceConfig`] when there is no directory.
     pub fn create(host: &Host, path: &Path, uuid: SrUuid, name: &str, description: &str) -> Result<Self> {
         if !path.is_dir() {
             let reason = format!("{} is not a directory", path.display());
@@ -113,7 +114,7 @@ impl Sr {
                     // Volumes without their SR's record: it was lost, and a new one must not hide that.
                     let mut entries = fs::read_dir(&directory).map_err(Error::on("listing", &directory))?;
                     if entries.next().is_some() {
-                        return Err(Error::SrExists(path.to_owned()));
+                        return Err(Error::RecordLost(path.to_owned()));
                     }
                 }
             }
@@ -134,10 +135,7 @@ impl Sr {
             Some(sr) => Ok(sr),
             None => Err(Error::SrUnavailable {
                 path: path.join("sr.json"),
-                reason: format!(
-                    "the file does not exist: there is no SR, or its file system is not mounted; mount it, or see what 'xapi-storage-qcow2 check {}' finds",
-                    path.display()
-                ),
+                reason: "the file does not exist: there is no SR, or its file system is not mounted".to_owned(),
             }),
         }
     }
@@ -265,7 +263,7 @@ impl Sr {
             Some("true") => true,
             Some("false") | None => false,
             Some(other) => {
-                let reason = format!("{:?} is neither true nor false", Shortened(other));
+                let reason = format!("{:?}; give true or false", Shortened(other));
                 return Err(Error::InvalidDeviceConfig { key: "verify", reason });
             }
         };

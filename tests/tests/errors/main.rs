@@ -19,15 +19,17 @@ struct Row {
     code: String,
     parameters: String,
     when: String,
+    remedy: String,
 }
 
 fn rows() -> Vec<Row> {
     let text = include_str!("../../../docs/errors.md");
     let table = text.lines().skip_while(|line| !line.starts_with("| code |")).skip(2);
     let row = |line: &str| {
-        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let cells: Vec<&str> =
+            line.trim_matches('|').split(" | ").map(|cell| cell.trim_matches([' ', '|'])).collect();
         let cell = |at: usize| cells.get(at).copied().unwrap_or_default().to_owned();
-        Row { code: cell(0).replace('`', ""), parameters: cell(1), when: cell(2) }
+        Row { code: cell(0).replace('`', ""), parameters: cell(1), when: cell(2), remedy: cell(3) }
     };
     table.take_while(|line| line.starts_with('|')).map(row).collect()
 }
@@ -41,6 +43,30 @@ fn same_parameters(cell: &str, parameters: &[String]) -> bool {
             exact if exact.starts_with('`') => exact.trim_matches('`') == found,
             _ => !found.is_empty(),
         })
+}
+
+/// Tells whether a message says what to do, in the words of a cell, with anything where it has `<…>`.
+fn says(message: &str, remedy: &str) -> bool {
+    let words = remedy.split('<').enumerate().map(|(at, part)| match part.split_once('>') {
+        Some((_, rest)) if at > 0 => rest,
+        _ => part,
+    });
+    let mut rest = message;
+    !remedy.is_empty()
+        && words.into_iter().all(|words| {
+            let found = rest.find(words);
+            rest = found.map_or("", |at| &rest[at + words.len()..]);
+            found.is_some()
+        })
+}
+
+#[test]
+fn a_message_is_held_against_the_words_of_its_cell() {
+    assert!(says("disk x is full; free space, or ask", "free space"));
+    assert!(says("wrong: see 'check /sr' first", "see 'check <sr>' first"));
+    assert!(!says("wrong: see 'check /sr'", "see 'check <sr>' first"));
+    assert!(!says("first see 'check /sr'", "see 'check <sr>' first"));
+    assert!(!says("anything", ""));
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -93,5 +119,9 @@ async fn one(subject: &Subject, condition: &conditions::Condition) -> Result<()>
     let row = rows.iter().find(|row| row.when == condition.when).context("the condition has no row")?;
     ensure!(failure.code == row.code, "the answer is {failure}, the row says {}", row.code);
     ensure!(same_parameters(&row.parameters, &failure.params), "the answer is {failure}, the row {}", row.parameters);
+    if row.parameters.contains("the message") {
+        let message = failure.params.join("");
+        ensure!(says(&message, &row.remedy), "{message:?} does not say: {}", row.remedy);
+    }
     Ok(())
 }

@@ -48,7 +48,7 @@ fn main() -> ExitCode {
             if is_well { ExitCode::SUCCESS } else { ExitCode::from(FOUND) }
         }
         Err(error) => {
-            say(io::stderr(), &format!("xapi-storage-qcow2: {}\n", error.chain()));
+            say(io::stderr(), &format!("xapi-storage-qcow2: {}\n", error.told()));
             let is_misuse = matches!(error, Error::BadRequest(_) | Error::SrNotAttached(_));
             ExitCode::from(if is_misuse { MISUSED } else { FOUND })
         }

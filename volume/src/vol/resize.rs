@@ -31,7 +31,9 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
     let node = tree.volume(key)?.node;
     let now = tree.tree.node(node)?.virtual_size;
     if bytes < now {
-        return Err(Error::InvalidSize(format!("volume {key} has {now} bytes and cannot shrink to {bytes}")));
+        return Err(Error::InvalidSize(format!(
+            "volume {key} has {now} bytes and cannot shrink to {bytes}; copy what is in it to a smaller one"
+        )));
     }
     if bytes == now {
         return Ok(());
