@@ -20,13 +20,13 @@ programs=$(packaging/dependencies.sh older) || untested "it cannot be had here"
 version=$("$programs/qemu-storage-daemon" --version 2>&1 | head -n 1) || untested "it cannot run here: $version"
 echo "older: $version"
 export TESTED_QEMU="$programs"
-run() {
-    if cargo nextest --version >/dev/null 2>&1; then
-        cargo nextest run --no-fail-fast "$@"
-    else
-        cargo test --no-fail-fast "$@"
-    fi
-}
-run --package volume --test gc --test gc_live -- what_two_nodes_had what_a_guest_writes_over
-run --package datapath --test path -- hosts:: import:: a_mirror_is_told what_a_guest_writes_is_thrown_away
-run --package fake-xapi --test migration -- the_worked_example_migrates_by_the_flow_base
+# Of all packages together, as the suites are built, so that nothing is compiled anew.
+set -- --workspace --no-fail-fast --test gc --test gc_live --test path --test migration -- \
+    what_two_nodes_had what_a_guest_writes_over \
+    hosts:: import:: a_mirror_is_told what_a_guest_writes_is_thrown_away \
+    the_worked_example_migrates_by_the_flow_base
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run "$@"
+else
+    cargo test "$@"
+fi

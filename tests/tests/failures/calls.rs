@@ -1,6 +1,7 @@
 //! Every script call of a migration fails once: instead of running, after it ran, or killed in the middle.
 //!
-//! Of many calls of one method a few are chosen; FAKE_XAPI_SWEEP=all has every single one fail.
+//! Of many calls of one method the first and the last are chosen, or where another flow does that the last alone;
+//! FAKE_XAPI_SWEEP=all has every single one fail.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -105,7 +106,8 @@ fn cases(flow: Flow, calls: &[CallRecord], source: &str) -> Vec<Case> {
     cases
 }
 
-/// Keeps, of the cases that differ in nothing but which call of a method it is, the first and the last one; all of them where FAKE_XAPI_SWEEP is `all`.
+/// Keeps, of the cases that differ in nothing but which call of a method it is, the last one, by the flow `tree` the first
+/// one too; all of them where FAKE_XAPI_SWEEP is `all`.
 fn chosen(cases: Vec<Case>) -> Vec<Case> {
     if std::env::var("FAKE_XAPI_SWEEP").is_ok_and(|value| value == "all") || std::env::var_os(ONLY).is_some() {
         return cases;
@@ -115,8 +117,13 @@ fn chosen(cases: Vec<Case>) -> Vec<Case> {
     for (index, case) in cases.iter().enumerate() {
         alike.entry(kind(case)).or_default().push(index);
     }
-    let kept: BTreeSet<usize> =
-        alike.values().flat_map(|indices| [0, indices.len() - 1].map(|place| indices[place])).collect();
+    // Of flows that share most calls one is tried more closely.
+    let ends = |indices: &Vec<usize>| {
+        let last = *indices.last()?;
+        let first = indices.first().copied().filter(|first| cases[*first].flow == Flow::Tree);
+        Some([first.unwrap_or(last), last])
+    };
+    let kept: BTreeSet<usize> = alike.values().filter_map(ends).flatten().collect();
     cases.into_iter().enumerate().filter(|(index, _)| kept.contains(index)).map(|(_, case)| case).collect()
 }
 
