@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,9 @@ const FILE_BYTES: u64 = 32 << 10;
 
 /// The bytes that are kept of a message.
 const MESSAGE_BYTES: usize = 1000;
+
+/// How long a failed call waits for the one that sees a long file away.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Something that failed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,14 +95,27 @@ fn add(host: &Host, failure: &Failure) -> io::Result<()> {
     })?;
     file.write_all(&line)?;
     let written = file.metadata()?;
-    // Of several that find it long enough one sees it away; it holds the lock until the file has another name.
-    if written.len() >= FILE_BYTES && file.try_lock().is_ok() {
+    // Of several that find it long enough one sees it away; it holds the lock until the file has another name, and the
+    // others wait for that, or it would grow meanwhile.
+    if written.len() >= FILE_BYTES && is_locked_soon(&file) {
         let is_current = fs::metadata(&path).is_ok_and(|there| there.ino() == written.ino());
         if is_current {
             fs::rename(&path, old(&path))?;
         }
     }
     Ok(())
+}
+
+/// Takes a file's lock, but waits no longer for it than a call may that has failed: who has it may be stopped.
+fn is_locked_soon(file: &File) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while file.try_lock().is_err() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
 }
 
 fn open(path: &Path) -> io::Result<File> {
