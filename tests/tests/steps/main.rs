@@ -4,7 +4,7 @@
 //! merges half-way; all judge what is left by [`judge`].
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test ends where it fails")]
-#![expect(clippy::print_stdout, reason = "a test talks to people")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a test talks to people")]
 
 mod broken;
 mod device;
@@ -24,6 +24,7 @@ mod world;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use fake_xapi::conformance::random::Random;
 use operation::Operation;
@@ -71,6 +72,34 @@ fn in_parallel<T: Sync, R: Send>(all: &[T], each: impl Fn(&T) -> R + Sync) -> Ve
     let mut results = results.into_inner().unwrap();
     results.sort_unstable_by_key(|(index, _)| *index);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Tries each of many cases, and gives what came of them. Fails with all that failed, each as it is told, and with how one
+/// of them is tried again.
+fn try_all<C: Sync, R: Send>(
+    cases: &[C],
+    again: &str,
+    told: impl Fn(&C) -> String + Sync,
+    each: impl Fn(&C) -> anyhow::Result<R> + Sync,
+) -> Vec<R> {
+    let began = Instant::now();
+    let results = in_parallel(cases, |case| {
+        each(case).map_err(|error| {
+            let told = format!("{}: {error:#}", told(case));
+            eprintln!("{told}");
+            told
+        })
+    });
+    println!("{} cases in {:?}", cases.len(), began.elapsed());
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(result) => done.push(result),
+            Err(told) => failed.push(told),
+        }
+    }
+    assert!(failed.is_empty(), "{} of {} cases failed; {again}\n{}", failed.len(), cases.len(), failed.join("\n"));
+    done
 }
 
 /// Reads a history as it is told.

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use super::operation::{BLOCK, Operation};
 use super::site::{GC, Site};
 use super::world::{GUEST, MIGRATION, WRITER, World};
-use super::{in_parallel, parsed, random, take, variable};
+use super::{in_parallel, parsed, random, take, try_all, variable};
 
 /// How many cases are tried without FAKE_XAPI_MERGE.
 const CASES: usize = 5;
@@ -419,21 +419,6 @@ fn whoever_meets_a_merge_under_a_guest_gets_what_the_disk_holds() {
         Some(case) if case.parse::<usize>().is_err() => vec![Case::parse(case).unwrap()],
         count => take(&mut random(), all(&small), count.map_or(CASES, |count| count.parse().unwrap())),
     };
-    let began = Instant::now();
-    let results = in_parallel(&cases, |case| {
-        case.run(&small).map_err(|error| {
-            let told = format!("FAKE_XAPI_MERGE='{case}': {error:#}");
-            eprintln!("{told}");
-            told
-        })
-    });
-    let failed: Vec<String> = results.into_iter().filter_map(Result::err).collect();
-    println!("{} cases in {:?}", cases.len(), began.elapsed());
-    assert!(
-        failed.is_empty(),
-        "{} of {} cases failed; one alone: FAKE_XAPI_MERGE='<case>' cargo test -p fake-xapi --test steps meets\n{}",
-        failed.len(),
-        cases.len(),
-        failed.join("\n")
-    );
+    let again = "one alone: FAKE_XAPI_MERGE='<case>' cargo test -p fake-xapi --test steps meets";
+    try_all(&cases, again, |case| format!("FAKE_XAPI_MERGE='{case}'"), |case| case.run(&small));
 }

@@ -20,7 +20,7 @@ use super::operation::{Model, Operation};
 use super::recorder::Recorder;
 use super::site::{Outcome, Site};
 use super::world::World;
-use super::{History, in_parallel, parsed, random, take, variable};
+use super::{History, parsed, random, take, try_all, variable};
 
 /// Each call once, with those in pairs that mean something together.
 const CHOSEN: [&str; 4] = [
@@ -172,20 +172,7 @@ fn a_power_cut_takes_nothing_that_was_told_and_leaves_nothing_half_done() {
         cases.extend(cuts.into_iter().map(|cut| (index, cut)));
         recordings.push(recording);
     }
-    let results = in_parallel(&cases, |(index, cut)| {
-        recordings[*index].judge(&image, *cut).map_err(|error| {
-            let told = format!("{}: {error:#}", recordings[*index].told(*cut));
-            eprintln!("{told}");
-            told
-        })
-    });
-    let failed: Vec<String> = results.into_iter().filter_map(Result::err).collect();
-    println!("{} cases", cases.len());
-    assert!(
-        failed.is_empty(),
-        "{} of {} cases failed; all of one history: FAKE_XAPI_POWER='<history>' cargo test -p fake-xapi --test steps power\n{}",
-        failed.len(),
-        cases.len(),
-        failed.join("\n")
-    );
+    let again = "all of one history: FAKE_XAPI_POWER='<history>' cargo test -p fake-xapi --test steps power";
+    let told = |(index, cut): &(usize, _)| recordings[*index].told(*cut);
+    try_all(&cases, again, told, |(index, cut)| recordings[*index].judge(&image, *cut));
 }

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::operation::Operation;
 use super::site::{GC, Outcome, Site, Strike};
 use super::world::{self, World};
-use super::{History, in_parallel, random, take, told, variable};
+use super::{History, in_parallel, random, take, told, try_all, variable};
 
 /// How many histories are tried for each last operation without FAKE_XAPI_STEPS.
 const HISTORIES: usize = 1;
@@ -169,22 +169,11 @@ fn chosen(prepared: &mut Prepared) -> Vec<Case> {
 fn a_call_struck_at_any_step_is_done_or_not_and_can_be_repeated() {
     let mut prepared = Prepared::new().unwrap();
     let cases = chosen(&mut prepared);
-    let began = Instant::now();
-    let results = in_parallel(&cases, |(history, last, strike)| {
-        let struck = struck(&prepared, history, *last, strike);
-        struck.map_err(|error| {
-            let told = format!("FAKE_XAPI_CASE='{}': {error:#}", told(history, *last, strike));
-            eprintln!("{told}");
-            told
-        })
-    });
-    let failed: Vec<String> = results.into_iter().filter_map(Result::err).collect();
-    println!("{} cases in {:?}", cases.len(), began.elapsed());
-    assert!(
-        failed.is_empty(),
-        "{} of {} cases failed; one alone: FAKE_XAPI_CASE='<case>' cargo test -p fake-xapi --test steps\n{}",
-        failed.len(),
-        cases.len(),
-        failed.join("\n")
+    let again = "one alone: FAKE_XAPI_CASE='<case>' cargo test -p fake-xapi --test steps";
+    try_all(
+        &cases,
+        again,
+        |(history, last, strike)| format!("FAKE_XAPI_CASE='{}'", told(history, *last, strike)),
+        |(history, last, strike)| struck(&prepared, history, *last, strike),
     );
 }
