@@ -10,7 +10,7 @@ use plugin::host::Host;
 use plugin::id::{Domain, VolumeUri};
 use plugin::store::{Blank, Mode, Unit};
 use serde_json::{Value, json};
-use support::{Bench, Guest, MIB, assert_reads, key, write, write_zeroes};
+use support::{Bench, Guest, MIB, assert_reads, at_every_step, key, write, write_zeroes};
 
 fn request(child: &str, parent: &str) -> Value {
     json!({"key": child, "key2": parent})
@@ -215,27 +215,6 @@ fn a_chain_that_would_be_too_long_is_refused() {
     assert_eq!(bench.keys().len(), 2);
     bench.destroy(&parent);
     bench.check();
-}
-
-/// The system calls by which composing changes something, or waits. strace counts each by itself.
-const STEPS: [&str; 11] =
-    ["flock", "write", "fsync", "link", "linkat", "rename", "symlink", "unlink", "unlinkat", "rmdir", "clone3"];
-
-/// Gives every system call of [`STEPS`] and number at which a call is killed, until `kill` says that there are no more
-/// of one. False without strace.
-fn at_every_step(mut kill: impl FnMut(&str, u32) -> Option<bool>) -> bool {
-    let mut killed = 0;
-    for call in STEPS {
-        for number in 1..100 {
-            match kill(call, number) {
-                Some(true) => killed += 1,
-                Some(false) => break,
-                None => return false,
-            }
-        }
-    }
-    assert!(killed > 10, "{killed}");
-    true
 }
 
 /// Composes volumes and is killed at each step in turn. After each, what is listed is right and every volume reads as

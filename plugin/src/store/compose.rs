@@ -27,13 +27,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 
-use super::garbage;
 use super::locked::{LoadedTree, LockedTree, node_path, read};
 use super::plan::{self, MAX_CHAIN};
-use super::tree::{Intent, Node, Tree};
+use super::tree::{Change, Intent, Node, Tree};
+use super::{content, garbage};
 use crate::error::{Error, Result};
 use crate::host::Host;
-use crate::id::{NodeId, TreeId, VolumeKey};
+use crate::id::{ContentId, NodeId, TreeId, VolumeKey};
 use crate::lock::FileLock;
 use crate::record;
 
@@ -172,11 +172,40 @@ impl LockedTree {
         };
         self.commit(plan::with_intent(&self.tree, intent)?)?;
         let begun = self.hand_over(kept.keys(), &mut onto, after);
-        match (begun, self.end_there(child, parent, &onto)) {
+        self.end_between(child, parent, begun, &onto)
+    }
+
+    /// Takes a volume that nobody has open back to what a snapshot in another tree holds, and with that to that tree; see
+    /// [`plan::reverted_onto`]. What is done, and in which order, is as if the volume were composed onto the snapshot and
+    /// the snapshot stayed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::compose`].
+    pub fn revert_onto(mut self, key: VolumeKey, snapshot: VolumeKey, mut onto: Self) -> Result<()> {
+        self.refuse_second_intent()?;
+        onto.refuse_second_intent()?;
+        let overlay = NodeId::random();
+        let mut after = plan::reverted_onto(&self.tree, key, &onto.tree, snapshot, overlay)?;
+        let made = Change { nodes: BTreeMap::from([(overlay, after.node(overlay)?.clone())]), ..Change::default() };
+        content::frozen(&mut after, &made, ContentId::random());
+        self.commit(plan::with_intent(
+            &self.tree,
+            Intent::Compose { volume: key, parent: snapshot, onto: onto.id },
+        )?)?;
+        let begun = onto.prepare(&made).and_then(|()| onto.commit(after));
+        self.end_between(key, snapshot, begun, &onto)
+    }
+
+    /// Ends what was begun between two trees, however that went.
+    fn end_between(&mut self, child: VolumeKey, parent: VolumeKey, begun: Result<()>, onto: &Self) -> Result<()> {
+        match (begun, self.end_there(child, parent, onto)) {
             (_, Ok(true)) => Ok(()),
             (Err(first), Ok(false)) => Err(first),
             (Err(first), Err(undo)) => Err(first.undone(Err(undo))),
-            (Ok(()), Ok(false)) => Err(Error::Internal("a volume that was composed was not found".to_owned())),
+            (Ok(()), Ok(false)) => {
+                Err(Error::Internal("a volume that went to another tree was not found".to_owned()))
+            }
             (Ok(()), Err(error)) => Err(error),
         }
     }
@@ -241,7 +270,10 @@ impl LockedTree {
         rebase(&loaded, child, |node| self.tree.nodes.contains_key(&node), &onto.lock)?;
         self.sr().relink(child, onto.id)?;
         self.leave(child)?;
-        garbage::unlink(self.sr(), parent);
+        // A snapshot that a volume was reverted to stays.
+        if !loaded.tree.volumes.contains_key(&parent) {
+            garbage::unlink(self.sr(), parent);
+        }
         Ok(true)
     }
 
@@ -257,6 +289,7 @@ impl LockedTree {
     fn leave(&mut self, child: VolumeKey) -> Result<()> {
         match plan::destroyed(&plan::rolled_back(&self.tree), child)? {
             Some(after) => {
+                let after = self.without_files(after);
                 self.commit(after)?;
                 self.sweep([]);
                 Ok(())

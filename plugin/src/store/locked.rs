@@ -289,7 +289,7 @@ impl LockedTree {
         committed
     }
 
-    /// Takes a volume that nobody has open back to what a snapshot holds; see [`plan::reverted`].
+    /// Takes a volume that nobody has open back to what a snapshot of this tree holds; see [`plan::reverted`].
     ///
     /// # Errors
     ///
@@ -333,7 +333,7 @@ impl LockedTree {
 
     /// Takes the files out of a planned tree that it has only for what they changed; that is recorded first. A file of
     /// which it cannot be stays, for the next time.
-    fn without_files(&self, mut after: Tree) -> Tree {
+    pub(super) fn without_files(&self, mut after: Tree) -> Tree {
         while let Some(node) = plan::next_past(&after) {
             let kept = self.keep_changes(&after, node).and_then(|()| plan::only_past(&after, node));
             match kept {

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use super::tree::{Change, Intent, MAX_VIRTUAL_SIZE, Move, Node, Past, SIZE_UNIT, Tree, Volume};
+use super::tree::{Change, Intent, MAX_VIRTUAL_SIZE, Move, Node, Past, SIZE_UNIT, Scratch, Tree, Volume};
 use crate::error::{Error, Result};
 use crate::id::{NodeId, VolumeKey};
 use crate::smapi::Keys;
@@ -25,6 +25,9 @@ use crate::smapi::Keys;
 /// SMAPIv3 says that what was set on a volume is not copied. xapi sets this one again, in a call of its own; when
 /// that does not come, a volume without it is mistaken for another kind at the next scan.
 const INHERITED_KEY: &str = "vdi-type";
+
+/// The key by which xapi says of which volume another is a snapshot.
+const SNAPSHOT_OF: &str = "snapshot_of";
 
 /// Rounds a size that xapi asks for up to what a volume can have.
 ///
@@ -205,29 +208,54 @@ pub fn rolled_back(tree: &Tree) -> Tree {
 ///
 /// # Errors
 ///
-/// [`Error::VolumeDoesNotExist`] for the volume; [`Error::Unsupported`] when the snapshot is not in this tree: xapi
-/// then reverts by a clone (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`). [`Error::BadRequest`] for the volume itself.
+/// [`Error::VolumeDoesNotExist`], [`Error::DataDestroyed`], [`Error::ChainTooLong`]; [`Error::BadRequest`] for the volume
+/// itself.
 pub fn reverted(tree: &Tree, key: VolumeKey, snapshot: VolumeKey, overlay: NodeId) -> Result<Tree> {
     if key == snapshot {
         return Err(Error::BadRequest(format!("volume {key} cannot be reverted to itself")));
     }
     let old = tree.volume_with_data(key)?.node;
-    let kept = tree.volumes.get(&snapshot).ok_or_else(|| {
-        Error::Unsupported(format!(
-            "reverting volume {key} to {snapshot}, which is of another disk; clone the snapshot instead"
-        ))
-    })?;
-    if kept.data_destroyed {
-        return Err(Error::DataDestroyed(snapshot.to_string()));
-    }
-    check_room(tree, snapshot, kept.node)?;
-    let virtual_size = tree.node(kept.node)?.virtual_size;
-    let parent = Some(kept.node);
+    let node = reverted_node(tree, snapshot)?;
     let mut after = tree.clone();
-    after.nodes.insert(overlay, Node::new(parent, virtual_size));
+    after.nodes.insert(overlay, node);
     after.volume_mut(key)?.node = overlay;
     prune(&mut after, old);
     Ok(after)
+}
+
+/// Plans the same where the snapshot is in another tree, `onto`: gives that tree with the volume in it. A tree has one
+/// root, but the snapshots of a disk may have several: those that only data without a name had in common before a
+/// migration.
+///
+/// # Errors
+///
+/// As [`reverted`]; [`Error::Unsupported`] for a volume that xapi does not call a snapshot of this one. xapi then reverts by
+/// a clone (xen-api `ocaml/xapi/xapi_vm_snapshot.ml`).
+pub fn reverted_onto(tree: &Tree, key: VolumeKey, onto: &Tree, snapshot: VolumeKey, overlay: NodeId) -> Result<Tree> {
+    let mut volume = tree.volume_with_data(key)?.clone();
+    if onto.volume(snapshot)?.keys.get(SNAPSHOT_OF) != Some(&key.to_string()) {
+        return Err(Error::Unsupported(format!(
+            "reverting volume {key} to {snapshot}, which is of another disk; clone the snapshot instead"
+        )));
+    }
+    let node = reverted_node(onto, snapshot)?;
+    volume.node = overlay;
+    // Nobody has it open: what is left of claims is worth nothing.
+    volume.active.clear();
+    let mut after = onto.clone();
+    after.nodes.insert(overlay, node);
+    after.volumes.insert(key, volume);
+    // What its guest writes is thrown away there as well.
+    after.scratch.extend(tree.scratch.contains_key(&key).then(|| (key, Scratch::default())));
+    after.composed.extend(tree.composed.iter().filter(|(_, heir)| **heir == key));
+    Ok(after)
+}
+
+/// Gives the empty node by which a volume is to read as a snapshot does.
+fn reverted_node(tree: &Tree, snapshot: VolumeKey) -> Result<Node> {
+    let kept = tree.volume_with_data(snapshot)?.node;
+    check_room(tree, snapshot, kept)?;
+    Ok(Node::new(Some(kept), tree.node(kept)?.virtual_size))
 }
 
 /// Plans a volume's end: it goes, and with it every node that then has neither volume nor children. `None` when it

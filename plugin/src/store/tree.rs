@@ -238,13 +238,14 @@ pub enum Intent {
         /// The new size in bytes.
         virtual_size: u64,
     },
-    /// A volume is being laid onto another one, which ends. See [`super::compose`].
+    /// A volume is being laid onto another one, which ends, or reverted to a snapshot in another tree, which stays. See
+    /// [`super::compose`].
     Compose {
         /// The volume that is laid onto the other.
         volume: VolumeKey,
-        /// The volume that ends.
+        /// The other one.
         parent: VolumeKey,
-        /// The tree of the volume that ends; where it is this tree, its record has the result already, and only the
+        /// The tree of the other volume; where it is this tree, its record has the result already, and only the
         /// files' headers may not.
         onto: TreeId,
     },

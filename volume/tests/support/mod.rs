@@ -350,6 +350,27 @@ pub const CHANGING: &str = "fsync,fdatasync,rename,renameat,renameat2,unlink,unl
 pub const SPEAKING: &str = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,symlink,symlinkat,mkdir,\
                             mkdirat,ftruncate,fallocate,write,sendto,sendmsg,recvfrom,connect,flock,clone3,vfork";
 
+/// The system calls by which a volume that goes to another tree changes something, or waits. strace counts each by itself.
+const STEPS: [&str; 11] =
+    ["flock", "write", "fsync", "link", "linkat", "rename", "symlink", "unlink", "unlinkat", "rmdir", "clone3"];
+
+/// Gives every system call of [`STEPS`] and number at which a call is killed, until `kill` says that there are no more
+/// of one. False without strace.
+pub fn at_every_step(mut kill: impl FnMut(&str, u32) -> Option<bool>) -> bool {
+    let mut killed = 0;
+    for call in STEPS {
+        for number in 1..100 {
+            match kill(call, number) {
+                Some(true) => killed += 1,
+                Some(false) => break,
+                None => return false,
+            }
+        }
+    }
+    assert!(killed > 10, "{killed}");
+    true
+}
+
 impl Host {
     /// Makes a call that is killed at its n-th of some system calls; false when it was through before. `None` without
     /// strace, by which this is done.
@@ -365,10 +386,15 @@ impl Host {
 
     /// Makes a call that is killed at its n-th of some system calls, unless it ends before; `None` without strace.
     pub fn kill_at(&self, method: &str, request: &Value, calls: &str, n: u32) -> Option<Output> {
+        self.struck(method, request, &format!("{calls}:signal=KILL"), n)
+    }
+
+    /// Makes a call to which something happens, in strace's words, at its n-th of some system calls; `None` without strace.
+    pub fn struck(&self, method: &str, request: &Value, what: &str, n: u32) -> Option<Output> {
         // Only the executable itself is followed: a qemu-img that it started lives on, as it does in earnest.
         let mut child = Command::new("strace")
             .args(["-qq", "-o", "/dev/null", "-e"])
-            .arg(format!("inject={calls}:signal=KILL:when={n}"))
+            .arg(format!("inject={what}:when={n}"))
             .arg(env!("CARGO_BIN_EXE_xapi-storage-qcow2-volume"))
             .args([method, "--json"])
             .env("XAPI_STORAGE_QCOW2_ROOT", &self.root)
