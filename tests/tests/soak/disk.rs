@@ -5,8 +5,10 @@ use std::sync::PoisonError;
 use anyhow::{Context, Result, ensure};
 use fake_xapi::db::ActiveDisk;
 use fake_xapi::guest::{Durability, Guest, Ledger, Settings, verify_export};
+use fake_xapi::host::Host;
 use fake_xapi::nbd::{Client, Uri};
 use fake_xapi::plan::Extent;
+use fake_xapi::smapiv2::Vdi;
 use fake_xapi::sxm::{Answer, Event, Observer};
 use tokio::time::{Duration, Instant, sleep};
 
@@ -22,6 +24,8 @@ type Hook = Box<dyn Fn(&Event) + Send + Sync>;
 struct Disk {
     guest: Guest,
     uri: Option<Uri>,
+    /// The daemon that it had there was killed.
+    is_hit: bool,
 }
 
 /// All disks of a VM.
@@ -45,7 +49,7 @@ impl Disks {
                 ..Settings::new(region, seed ^ (index as u64 + 1) << 32)
             };
             let guest = Guest::new(settings.clone())?.succeeding(Ledger::blank(region, settings.seed))?;
-            disks.push(Disk { guest, uri: None });
+            disks.push(Disk { guest, uri: None, is_hit: false });
         }
         Ok(Self { disks: tokio::sync::Mutex::new(disks), hook: std::sync::Mutex::default() })
     }
@@ -65,7 +69,11 @@ impl Disks {
         let mut disks = self.disks.lock().await;
         for one in active {
             let disk = disks.get_mut(one.index).context("no such disk")?;
-            disk.uri = Some(one.uri.clone());
+            let there = disk.uri.replace(one.uri.clone());
+            // What no flush covered may be lost with the daemon, unless the disk goes on elsewhere, where all of it has to be.
+            if std::mem::take(&mut disk.is_hit) && there.as_ref() == Some(&one.uri) {
+                disk.guest.crash().await;
+            }
             disk.guest.start(&one.uri).await.with_context(|| format!("a guest at disk {}", one.index))?;
         }
         Ok(())
@@ -89,7 +97,28 @@ impl Disks {
     pub async fn crash(&self, index: usize) {
         if let Some(disk) = self.disks.lock().await.get_mut(index) {
             disk.guest.crash().await;
+            disk.is_hit = false;
         }
+    }
+
+    /// Kills the daemon of a volume, at a moment at which no guest comes or goes. Tells whether a disk's guest, which may be
+    /// suspended, had it.
+    pub async fn kill_daemon(&self, host: &Host, volume: &Vdi) -> bool {
+        let mut disks = self.disks.lock().await;
+        if host.kill_daemon(&volume.0) == 0 {
+            return false;
+        }
+        let has = |disk: &&mut Disk| disk.uri.as_ref().is_some_and(|uri| uri.to_string().contains(&volume.0));
+        match disks.iter_mut().find(has) {
+            Some(disk) => disk.is_hit = true,
+            None => return false,
+        }
+        true
+    }
+
+    /// Whether the guest of a disk has lost its daemon, and was not started again.
+    pub async fn is_hit(&self, index: usize) -> bool {
+        self.disks.lock().await.get(index).is_some_and(|disk| disk.is_hit)
     }
 
     /// The guests go on where they were.

@@ -1,13 +1,13 @@
 //! A migration to the other side, and what breaks in it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fake_xapi::host::Host;
 use fake_xapi::smapiv2::Vdi;
 use fake_xapi::sxm::{self, Event, Failed, Flow, Migration};
+use tokio::task::JoinHandle;
 
 use crate::lane::Lane;
 
@@ -54,13 +54,13 @@ impl Lane {
             Migration { poll: Duration::from_millis(20), ..Migration::new(self.vm, &there.host, &there.sr, flow) };
         let volumes = self.volumes(self.vm)?;
         let hit = self.random.below(volumes.len());
-        let killed = self.arm(harm, &migration, &volumes[hit])?;
+        let killer = self.arm(harm, &migration, &volumes[hit])?;
         let failures_before = self.disks.failures().await.0;
         let result = sxm::migrate(&self.site.xapi, &migration, &*self.disks).await;
         self.disks.at_nothing();
         let names: Vec<&str> = volumes.iter().map(|volume| volume.0.as_str()).collect();
         self.site.breaks.none_of(&[&here.sr, &there.sr], &names);
-        let guest_was_hit = harm == Break::SourceDaemon && killed.load(Ordering::SeqCst);
+        let guest_was_hit = killer.end().await;
         match result {
             Ok(migrated) => {
                 self.at = 1 - self.at;
@@ -69,10 +69,6 @@ impl Lane {
                     ensure!(migrated.not_destroyed.is_empty(), "left: {:?}", migrated.not_destroyed);
                 }
                 sxm::release(&here.host, &migrated.stale).await.context("the release of a halted VM's receiver")?;
-                if guest_was_hit {
-                    self.disks.crash(hit).await;
-                    self.disks.go_on().await.context("the guest goes on at the destination")?;
-                }
             }
             Err(failed) => {
                 let Failed { error, phase, restarted, .. } = &*failed;
@@ -85,12 +81,12 @@ impl Lane {
         }
         if halted {
             self.boot().await?;
-        } else if guest_was_hit && self.at_source(&here.host) {
-            self.disks.crash(hit).await;
-            self.reboot().await?;
         } else if self.site.xapi.vm(self.vm)?.domid.is_none() {
             // What broke kept it from being started again.
             self.boot().await?;
+        } else if self.disks.is_hit(hit).await {
+            self.disks.crash(hit).await;
+            self.reboot().await?;
         }
         if !guest_was_hit {
             let (failures, errors) = self.disks.failures().await;
@@ -100,13 +96,9 @@ impl Lane {
         self.there().is_empty().await.context("the side without the VM")
     }
 
-    fn at_source(&self, source: &Arc<Host>) -> bool {
-        Arc::ptr_eq(&self.here().host, source)
-    }
-
-    /// Has something break; what is told says later whether somebody was killed.
-    fn arm(&mut self, harm: Break, migration: &Migration, leaf: &Vdi) -> Result<Arc<AtomicBool>> {
-        let killed = Arc::new(AtomicBool::new(false));
+    /// Has something break.
+    fn arm(&mut self, harm: Break, migration: &Migration, leaf: &Vdi) -> Result<Killer> {
+        let killer = Killer::default();
         let (here, there) = (self.here(), self.there());
         match harm {
             Break::Nothing => {}
@@ -126,37 +118,56 @@ impl Lane {
                 });
             }
             Break::SourceDaemon | Break::DestinationDaemon | Break::Supervisor => {
-                let (leaf, done) = (leaf.clone(), Arc::clone(&killed));
+                let (leaf, killer, disks) = (leaf.clone(), killer.clone(), Arc::clone(&self.disks));
                 let after = Duration::from_millis(self.random.below(700) as u64);
                 self.disks.at(move |event| {
                     let Event::Started { source, destination } = event else { return };
                     if *source != leaf {
                         return;
                     }
-                    let (source, destination, done) = (source.clone(), destination.clone(), Arc::clone(&done));
+                    let (source, destination, disks) = (source.clone(), destination.clone(), Arc::clone(&disks));
                     let (from, to) = (Arc::clone(&here.host), Arc::clone(&there.host));
-                    tokio::spawn(async move {
+                    killer.begin(tokio::spawn(async move {
                         tokio::time::sleep(after).await;
-                        let count = match harm {
-                            Break::SourceDaemon => from.kill_daemon(&source.0),
-                            Break::DestinationDaemon => to.kill_daemon(&destination.0),
-                            _ => kill_supervisor(&from, &source),
-                        };
-                        done.store(count > 0, Ordering::SeqCst);
-                    });
+                        match harm {
+                            Break::SourceDaemon => disks.kill_daemon(&from, &source).await,
+                            Break::DestinationDaemon => disks.kill_daemon(&to, &destination).await,
+                            _ => {
+                                kill_supervisor(&from, &source);
+                                false
+                            }
+                        }
+                    }));
                 });
             }
         }
-        Ok(killed)
+        Ok(killer)
+    }
+}
+
+/// Whoever kills something in a migration. What comes after it is not his.
+#[derive(Clone, Default)]
+struct Killer(Arc<Mutex<Option<JoinHandle<bool>>>>);
+
+impl Killer {
+    fn begin(&self, task: JoinHandle<bool>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+    }
+
+    /// Kills nothing any more. Tells whether a guest has lost its daemon.
+    async fn end(&self) -> bool {
+        let Some(task) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() else { return false };
+        task.abort();
+        task.await.unwrap_or(false)
     }
 }
 
 /// Kills the supervisors whose mirrors are of a volume.
-fn kill_supervisor(host: &Host, volume: &Vdi) -> usize {
-    let Ok(entries) = std::fs::read_dir(host.runtime_dir().join("mirrors")) else { return 0 };
+fn kill_supervisor(host: &Host, volume: &Vdi) {
+    let Ok(entries) = std::fs::read_dir(host.runtime_dir().join("mirrors")) else { return };
     let keys = entries.flatten().filter(|entry| {
         std::fs::read_to_string(entry.path().join("state.json")).is_ok_and(|record| record.contains(&volume.0))
     });
     let keys: Vec<String> = keys.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    host.kill(|command| command.contains("mirror-supervisor") && keys.iter().any(|key| command.contains(key)))
+    host.kill(|command| command.contains("mirror-supervisor") && keys.iter().any(|key| command.contains(key)));
 }
