@@ -25,6 +25,7 @@ pub mod host;
 pub mod nbd;
 pub mod page;
 pub mod plan;
+pub mod processes;
 pub mod report;
 pub mod scenario;
 pub mod script;

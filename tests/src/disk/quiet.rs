@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde::Deserialize;
 
+use crate::processes::Process;
+
 /// How long a collection may take; it is waited for no longer than it lasts.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -32,10 +34,8 @@ pub(super) fn wait(sr: &Path) -> Result<()> {
 
 /// Tells whether a process is told to collect garbage in an SR.
 fn is_at_work(uuid: &str) -> bool {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let mut commands = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
-    commands.any(|command| {
-        let words: Vec<&[u8]> = command.split(|byte| *byte == 0).collect();
+    Process::all().any(|process| {
+        let words: Vec<&[u8]> = process.words().collect();
         words.windows(2).any(|pair| pair == [b"gc".as_slice(), uuid.as_bytes()])
     })
 }

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::processes::Process;
+
 /// Processes, sockets and files of a host's plugins.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Leftovers {
@@ -46,30 +48,9 @@ pub(super) fn look(root: &Path, runtime: &Path) -> Leftovers {
         .retain(|path| path.parent() != Some(&runtime.join("sessions")) || path.extension() != Some("json".as_ref()));
     files.retain(|path| !outlasts_calls(runtime, path));
     files.sort();
-    Leftovers { processes: processes(root), sockets: sockets(runtime), files }
-}
-
-/// Processes that name the root in their command line or run in its environment; zombies are gone already.
-fn processes(root: &Path) -> Vec<(u32, String)> {
-    let root = root.to_string_lossy().into_owned();
-    let variable = format!("XAPI_STORAGE_QCOW2_ROOT={root}");
-    let mut found = Vec::new();
-    let Ok(entries) = std::fs::read_dir("/proc") else { return found };
-    for entry in entries.flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
-        if pid == std::process::id() {
-            continue;
-        }
-        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
-        let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
-        let environment = read("environ");
-        let inside = environment.split(|b| *b == 0).any(|v| v == variable.as_bytes());
-        // Followed by a slash, so that a root is not taken for another one whose name begins alike.
-        if inside || command.contains(&format!("{root}/")) {
-            found.push((pid, command.trim_end().to_owned()));
-        }
-    }
-    found
+    let processes =
+        Process::of(root).iter().map(|process| (process.pid.cast_unsigned(), process.command())).collect();
+    Leftovers { processes, sockets: sockets(runtime), files }
 }
 
 fn sockets(runtime: &Path) -> Vec<String> {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
 use super::stray;
+use crate::processes::Process;
 use crate::wire::Failure;
 
 /// After a script has ended, its pipes have to end within this time, or something it left running holds them.
@@ -161,25 +162,7 @@ fn pipe_of(fd: &impl std::os::fd::AsFd) -> u64 {
 /// The processes that hold one of these pipes, as `pid command`.
 fn holders_of(pipes: &[u64]) -> Vec<String> {
     let wanted: Vec<String> = pipes.iter().map(|ino| format!("pipe:[{ino}]")).collect();
-    let mut holders = Vec::new();
-    let Ok(processes) = std::fs::read_dir("/proc") else {
-        return holders;
-    };
-    for process in processes.flatten() {
-        let name = process.file_name().to_string_lossy().into_owned();
-        if !name.bytes().all(|b| b.is_ascii_digit()) || name == std::process::id().to_string() {
-            continue;
-        }
-        let Ok(fds) = std::fs::read_dir(process.path().join("fd")) else {
-            continue;
-        };
-        let holds = fds.flatten().any(|fd| {
-            std::fs::read_link(fd.path()).is_ok_and(|to| wanted.iter().any(|w| to.as_os_str() == w.as_str()))
-        });
-        if holds {
-            let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
-            holders.push(format!("{name} {}", String::from_utf8_lossy(&command).replace('\0', " ")));
-        }
-    }
-    holders
+    let is_wanted = |opened: PathBuf| wanted.iter().any(|pipe| opened.as_os_str() == pipe.as_str());
+    let holders = Process::all().filter(|process| process.opened().any(is_wanted));
+    holders.map(|process| format!("{} {}", process.pid, process.command())).collect()
 }

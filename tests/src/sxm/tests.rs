@@ -10,6 +10,7 @@ use super::*;
 use crate::db::{ActiveDisk, Xapi};
 use crate::host::{PluginSource, WireFault, WireHarm, WireMoment};
 use crate::nbd::Client;
+use crate::processes::Process;
 use crate::script::{CallLog, Fault};
 
 const METHODS: [(&str, &str, &str); 2] = [
@@ -133,13 +134,8 @@ impl World {
     }
 
     fn daemons(&self) -> usize {
-        let dir = self.dir.path().to_string_lossy().into_owned();
-        let processes = std::fs::read_dir("/proc").unwrap().flatten();
-        let daemon = |p: &std::fs::DirEntry| {
-            let command = std::fs::read(p.path().join("cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&command).contains(&format!("filename={dir}/"))
-        };
-        processes.filter(daemon).count()
+        let image = format!("filename={}/", self.dir.path().display());
+        Process::all().filter(|process| process.is_told(&image)).count()
     }
 }
 

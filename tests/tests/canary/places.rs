@@ -1,4 +1,4 @@
-//! Files and processes of a host, as they are looked through.
+//! Files of a host, as they are looked through.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -48,29 +48,4 @@ pub fn below(path: &Path, entries: &mut Vec<Entry>) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         below(&entry.path(), entries);
     }
-}
-
-/// A process that belongs to what is below a directory.
-pub struct Process {
-    pub pid: i32,
-    pub arguments: Vec<u8>,
-    pub environment: Vec<u8>,
-}
-
-/// Finds the processes that name a directory in their arguments or environment. Those of the test itself and strace do not
-/// count.
-pub fn processes(directory: &Path) -> Vec<Process> {
-    let name = format!("{}/", directory.display()).into_bytes();
-    let names = |bytes: &[u8]| bytes.windows(name.len()).any(|window| window == name);
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
-        let (arguments, environment) = (read("cmdline"), read("environ"));
-        if arguments.starts_with(b"strace\0") || !(names(&arguments) || names(&environment)) {
-            continue;
-        }
-        found.push(Process { pid, arguments, environment });
-    }
-    found
 }

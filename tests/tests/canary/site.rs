@@ -7,13 +7,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process};
+use fake_xapi::processes::Process;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::listener::Listener;
-use crate::places::{below, processes};
+use crate::places::below;
 use crate::words::{self, Place};
 
 /// Where xapi keeps the configurations of its observers of storage, and wants spans.
@@ -163,13 +163,14 @@ impl Site {
 
     /// Looks at the processes that run, and gives how many there are whose arguments have a word in them.
     pub fn processes(&self, with: &str) -> usize {
-        let all = processes(self.directory.path());
+        let mut all = Process::of(self.directory.path());
+        all.retain(|process| !process.arguments.starts_with(b"strace\0"));
         for process in &all {
-            let arguments = String::from_utf8_lossy(&process.arguments).replace('\0', " ");
+            let arguments = process.command();
             self.look(Place::Process, &arguments, &process.arguments);
-            self.look(Place::Process, &format!("the environment of {arguments}"), &process.environment);
+            self.look(Place::Process, &format!("the environment of {arguments}"), &process.environment());
         }
-        all.iter().filter(|process| String::from_utf8_lossy(&process.arguments).contains(with)).count()
+        all.iter().filter(|process| process.is_told(with)).count()
     }
 
     /// Looks at what people are shown of the hosts.
@@ -292,9 +293,7 @@ impl Host {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        for process in processes(self.directory.path()) {
-            let _ = Pid::from_raw(process.pid).map(|pid| kill_process(pid, Signal::KILL));
-        }
+        Process::end_all(self.directory.path());
     }
 }
 

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use fake_xapi::processes::Process;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -213,14 +214,6 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         // Of a test that failed.
-        let marker = self.root.to_string_lossy().into_owned();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-            let words = ["cmdline", "environ"].map(|name| fs::read(entry.path().join(name)).unwrap_or_default());
-            let is_ours = words.iter().any(|words| String::from_utf8_lossy(words).contains(&marker));
-            if let Some(pid) = rustix::process::Pid::from_raw(pid).filter(|_| is_ours) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-        }
+        Process::end_all(&self.root);
     }
 }

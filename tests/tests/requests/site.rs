@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use fake_xapi::processes::Process;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -163,7 +163,7 @@ impl Site {
     /// Sees that a call that was refused has changed nothing; what another one did is undone.
     pub fn settle(&mut self, is_refused: bool) -> Result<(), String> {
         let differs = self.picture().differs_from(&self.before);
-        let runs = processes(&self.world);
+        let runs = Process::of(&self.world);
         if !is_refused {
             if differs.is_some() || !runs.is_empty() {
                 self.restore();
@@ -172,14 +172,14 @@ impl Site {
         }
         match (differs, runs.first()) {
             (Some(differs), _) => Err(format!("it was refused, but {differs}")),
-            (None, Some(pid)) => Err(format!("it was refused, but process {pid} runs")),
+            (None, Some(process)) => Err(format!("it was refused, but {} runs", process.command())),
             (None, None) => Ok(()),
         }
     }
 
     /// Ends what runs, and makes all files what they were.
     pub fn restore(&mut self) {
-        end_all(&self.world);
+        Process::end_all(&self.world);
         fs::remove_dir_all(&self.world).unwrap();
         copy(&self.likeness, &self.world);
         self.before = self.picture();
@@ -188,7 +188,7 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        end_all(&self.world);
+        Process::end_all(&self.world);
     }
 }
 
@@ -206,28 +206,4 @@ fn program(name: &str) -> PathBuf {
 fn copy(from: &Path, to: &Path) {
     let status = Command::new("cp").args(["-a", "--sparse=always"]).args([from, to]).status().unwrap();
     assert!(status.success());
-}
-
-/// Finds the processes that name a directory in their arguments or environment.
-fn processes(directory: &Path) -> Vec<i32> {
-    let name = format!("{}/", directory.display()).into_bytes();
-    let names =
-        |path: PathBuf| fs::read(path).is_ok_and(|bytes| bytes.windows(name.len()).any(|window| window == name));
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let all = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())));
-    all.filter(|(_, path)| names(path.join("cmdline")) || names(path.join("environ"))).map(|(pid, _)| pid).collect()
-}
-
-/// Kills what runs below a directory, until nothing does.
-fn end_all(directory: &Path) {
-    loop {
-        let all = processes(directory);
-        if all.is_empty() {
-            return;
-        }
-        for pid in all {
-            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use fake_xapi::disk::Sr;
+use fake_xapi::processes::Process;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -379,16 +380,10 @@ impl Drop for Worker {
 
 /// Finds the worker that is traced by a process. Other cases have workers for SRs of the same uuid.
 fn worker(tracer: u32) -> Option<Pid> {
-    let pids =
-        fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let is_worker = |pid: &i32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let mut words = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        words.nth(1) == Some(tracer.to_string().as_str())
-            && line.split(|byte| *byte == 0).nth(1) == Some(GC.as_bytes())
+    let is_worker = |process: &Process| {
+        process.words().nth(1) == Some(GC.as_bytes()) && process.parent() == Some(tracer.cast_signed())
     };
-    pids.into_iter().find(is_worker).and_then(Pid::from_raw)
+    Pid::from_raw(Process::all().find(is_worker)?.pid)
 }
 
 impl World {

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use fake_xapi::processes::Process;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -271,24 +271,15 @@ impl Site {
         Ok(())
     }
 
-    /// Lists the processes whose command line names this host.
-    pub fn processes(&self) -> Vec<(i32, String)> {
-        let ours = [&self.root, &self.path].map(|path| path.display().to_string());
-        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let commands = pids.filter_map(|pid: i32| {
-            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            Some((pid, String::from_utf8_lossy(&command).replace('\0', " ")))
-        });
-        commands.filter(|(_, command)| ours.iter().any(|path| command.contains(path))).collect()
+    /// Lists the processes of this host.
+    pub fn processes(&self) -> Vec<Process> {
+        Process::all().filter(|process| process.is_of(&self.root) || process.is_of(&self.path)).collect()
     }
 
     /// Kills a volume's storage daemons, and waits until they are gone; gives how many there were.
     pub fn kill_daemons(&self, volume: &str) -> usize {
-        let ours = || self.processes().into_iter().filter(|(_, command)| command.contains(volume));
-        let killed = ours()
-            .filter(|(pid, _)| kill_process(Pid::from_raw(*pid).expect("a process"), Signal::KILL).is_ok())
-            .count();
+        let ours = || self.processes().into_iter().filter(|process| process.is_told(volume));
+        let killed = ours().inspect(Process::kill).count();
         while ours().next().is_some() {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -297,20 +288,15 @@ impl Site {
 
     /// Waits until no qemu-img of a call that was killed is at work.
     pub fn wait_for_orphans(&self) {
-        while self.processes().iter().any(|(_, command)| command.contains("qemu-img")) {
+        while self.processes().iter().any(|process| process.is_told("qemu-img")) {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     /// Ends every process of the host, as no power does.
     pub fn halt(&self) {
-        while self
-            .processes()
-            .iter()
-            .any(|(pid, _)| Pid::from_raw(*pid).is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok()))
-        {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        Process::end_all(&self.root);
+        Process::end_all(&self.path);
     }
 
     /// Checks that no process is left, nor anything in the host's runtime directory but what tells of the SR.

@@ -282,9 +282,7 @@ impl World {
 
     /// Gives the process of the guest's storage daemon.
     pub fn daemon(&self) -> Option<i32> {
-        let processes = self.site.processes().into_iter();
-        let mut ours = processes.filter(|(_, command)| command.contains(self.key("v")));
-        ours.next().map(|(pid, _)| pid)
+        self.site.processes().iter().find(|process| process.is_told(self.key("v"))).map(|process| process.pid)
     }
 
     /// Has the guest read once more, if there is one, and go, as whoever else has a disk.
