@@ -270,7 +270,9 @@ impl Lane {
         let (volumes, side) = (self.volumes(snapshot)?, self.here());
         let broken = self.perhaps_a_break();
         self.insist("VDI.destroy", broken, async |_| {
-            for volume in &volumes {
+            // One that is gone by a call that was told to have failed is not known to xapi any more once it scans.
+            let listed = side.host.sr_ls(DBG, &side.sr).await?;
+            for volume in volumes.iter().filter(|volume| listed.iter().any(|one| one.key == volume.0)) {
                 side.host.vdi_destroy(DBG, &side.sr, volume).await?;
             }
             Ok(())
