@@ -7,7 +7,7 @@ DESTDIR ?=
 PREFIX ?= /usr
 SOAK_MINUTES ?= 30
 # Most tests wait for processes as long as they compute.
-TEST_THREADS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
+TEST_THREADS ?= $(shell echo $$(($$(nproc) * 2)))
 # Packages are for hosts with any C library, so theirs is linked in. Naming the target keeps that away from build scripts.
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 STATIC = target/package/$(TARGET)/release
@@ -59,7 +59,7 @@ sweep: dependencies-test ## Make every single script call of a migration fail, a
 		$(CARGO) test --package fake-xapi --test steps -- power broken merging
 	tests/machine.sh
 
-soak: dependencies-test ## Try everything that is random with new seeds, for half an hour (SOAK_MINUTES)
+soak: dependencies-test ## Try what is random with new seeds for half an hour (SOAK_MINUTES), then every short history
 	tests/soak.sh $(SOAK_MINUTES)
 
 bench: dependencies-test ## Measure calls and mirrors, optimised, each against a reference (about ten minutes)
