@@ -23,6 +23,9 @@ pub trait Machine {
     /// Reverts the VM. No client is connected; exports are asked for anew afterwards.
     fn revert(&mut self, name: &str) -> impl Future<Output = Result<()>> + Send;
 
+    /// Destroys a snapshot of the VM. Exports of a running VM stay as they are, with their clients.
+    fn destroy(&mut self, name: &str) -> impl Future<Output = Result<()>> + Send;
+
     /// Resizes a disk. No client is connected to it, nor to any other disk of a VM that is to be halted; exports that had
     /// no client are asked for anew afterwards.
     fn resize(&mut self, disk: usize, size: u64) -> impl Future<Output = Result<()>> + Send;
@@ -53,6 +56,7 @@ async fn one<M: Machine>(plan: &Plan, step: &Step, machine: &mut M, clients: &mu
             clients.leave_all().await?;
             machine.revert(name).await
         }
+        Step::Destroy(name) => machine.destroy(name).await,
         Step::Disk { disk, action: Action::Resize(size) } => {
             // A halted VM is shut down for it, and that takes every disk's export away.
             if plan.halted {

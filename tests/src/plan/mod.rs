@@ -9,7 +9,9 @@
 //!     {"zero": {"offset": 4096, "length": 4096}},
 //!     {"discard": {"offset": 0, "length": 65536}},
 //!     {"resize": 33554432},
-//!     {"revert": "a"}
+//!     {"revert": "a"},
+//!     {"snapshot": "b"},
+//!     {"destroy": "a"}
 //!   ],
 //!   "guest": {"writes_per_second": 500},
 //!   "halted": false
@@ -17,8 +19,8 @@
 //! ```
 //!
 //! - All numbers are bytes. `disks` instead of `size` gives several disks, each a size or `{"size": bytes}`; a step then says
-//!   `"disk": index`, beside its action or inside it, and 0 is meant where nothing is said. A snapshot and a revert are of the
-//!   VM, so of all its disks, whatever index they carry.
+//!   `"disk": index`, beside its action or inside it, and 0 is meant where nothing is said. Snapshots, reverts and the
+//!   destruction of a snapshot are of the VM, so of all its disks, whatever index they carry.
 //! - `write` puts bytes there that follow from seed and position. A `discard`ed byte reads as before or as zero. `resize` only
 //!   grows; a revert takes the size back as well.
 //! - `guest` has a guest write during the migration: `writes_per_second` of 0, or absent, is as fast as it can, the way QEMU
@@ -65,6 +67,8 @@ pub enum Step {
     Snapshot(String),
     /// The VM goes back to a snapshot.
     Revert(String),
+    /// A snapshot goes; what lies on it stays.
+    Destroy(String),
 }
 
 /// What is done to one disk.

@@ -83,6 +83,14 @@ impl Model {
                 self.disks.clone_from(&snapshot.disks);
                 self.parent = Some(name.clone());
             }
+            Step::Destroy(name) => {
+                let gone = self.snapshots.remove(name);
+                let gone = gone.ok_or_else(|| format!("there is no snapshot {name:?} to destroy"))?;
+                let parents = self.snapshots.values_mut().map(|snapshot| &mut snapshot.parent);
+                for parent in parents.chain([&mut self.parent]).filter(|parent| parent.as_ref() == Some(name)) {
+                    parent.clone_from(&gone.parent);
+                }
+            }
             Step::Disk { disk, action } => {
                 self.disks.get_mut(*disk).ok_or_else(|| format!("there is no disk {disk}"))?.apply(*action)?;
             }
@@ -296,5 +304,21 @@ mod tests {
         assert_eq!(model.disks_of("c"), model.disks_of("a"));
         assert_eq!(model.parent(), Some("c"));
         assert_eq!((model.parent_of("b"), model.parent_of("c"), model.parent_of("a")), (Some("a"), Some("a"), None));
+    }
+
+    #[test]
+    fn what_lies_on_a_snapshot_that_is_destroyed_lies_on_its_parent_then() {
+        let mut model = Model::new(&[64]).unwrap();
+        for name in ["a", "b", "c"] {
+            model.apply(&Step::Snapshot(name.into())).unwrap();
+        }
+        model.apply(&Step::Destroy("b".into())).unwrap();
+        assert_eq!((model.parent_of("c"), model.parent()), (Some("a"), Some("c")));
+        for name in ["c", "a"] {
+            model.apply(&Step::Destroy(name.into())).unwrap();
+        }
+        assert_eq!((model.parent(), model.snapshots().next()), (None, None));
+        model.apply(&Step::Snapshot("a".into())).unwrap();
+        assert!(model.apply(&Step::Destroy("b".into())).is_err());
     }
 }

@@ -38,6 +38,7 @@ struct RawStep {
     resize: Option<u64>,
     snapshot: Option<String>,
     revert: Option<String>,
+    destroy: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -87,7 +88,7 @@ fn read_disk(value: Value, size: Option<u64>) -> Result<u64, String> {
 }
 
 fn read_step(value: Value, disks: usize) -> Result<Step, String> {
-    let RawStep { disk, write, discard, zero, resize, snapshot, revert } =
+    let RawStep { disk, write, discard, zero, resize, snapshot, revert, destroy } =
         serde_json::from_value(value).map_err(|error| error.to_string())?;
     let place = |inner: Option<usize>| {
         let disk = match (disk, inner) {
@@ -115,9 +116,10 @@ fn read_step(value: Value, disks: usize) -> Result<Step, String> {
     }
     found.extend(snapshot.map(Step::Snapshot));
     found.extend(revert.map(Step::Revert));
+    found.extend(destroy.map(Step::Destroy));
     match found.len() {
         1 => Ok(found.remove(0)),
-        0 => Err("it is none of write, discard, zero, resize, snapshot, revert".to_owned()),
+        0 => Err("it is none of write, discard, zero, resize, snapshot, revert, destroy".to_owned()),
         count => Err(format!("it is {count} steps in one")),
     }
 }
@@ -136,6 +138,7 @@ fn write_step(step: &Step) -> Value {
     match step {
         Step::Snapshot(name) => json!({"snapshot": name}),
         Step::Revert(name) => json!({"revert": name}),
+        Step::Destroy(name) => json!({"destroy": name}),
         Step::Disk { disk, action } => match action {
             Action::Write { range, seed } => {
                 json!({"disk": disk, "write": {"offset": range.offset, "length": range.length, "seed": seed}})
@@ -160,11 +163,11 @@ mod tests {
         let plan = Plan::parse(
             br#"{"size": 8192, "steps": [{"write": {"offset": 0, "length": 4096, "seed": 1}}, {"snapshot": "a"},
                 {"discard": {"offset": 0, "length": 4096}}, {"zero": {"offset": 4096, "length": 1}},
-                {"resize": 16384}, {"revert": "a"}], "guest": {"writes_per_second": 0}, "halted": true}"#,
+                {"resize": 16384}, {"revert": "a"}, {"destroy": "a"}], "guest": {"writes_per_second": 0}, "halted": true}"#,
         )
         .unwrap();
         assert_eq!(plan.disks, [8192]);
-        assert_eq!(plan.steps.len(), 6);
+        assert_eq!(plan.steps.len(), 7);
         assert_eq!(plan.guest, Some(GuestPlan { writes_per_second: None }));
         assert!(plan.halted);
         let written = plan.to_json().to_string();
@@ -199,6 +202,7 @@ mod tests {
             (r#"{"size": 4096, "steps": [{"snapshot": "a"}, {"snapshot": "a"}]}"#, "\"a\" is taken"),
             (r#"{"size": 4096, "steps": [{"snapshot": ""}]}"#, "without a name"),
             (r#"{"size": 4096, "steps": [{"revert": "b"}]}"#, "no snapshot \"b\""),
+            (r#"{"size": 4096, "steps": [{"snapshot": "a"}, {"destroy": "b"}]}"#, "no snapshot \"b\" to destroy"),
             (r#"{"size": 4096, "steps": [{"resize": 1024}]}"#, "only grow"),
             (r#"{"size": 4096, "steps": [{"disk": 1, "resize": 8192}]}"#, "there is no disk 1"),
             (

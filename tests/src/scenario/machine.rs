@@ -40,6 +40,10 @@ impl<'a> OnXapi<'a> {
         self.disks.clear();
         self.xapi.vm_shutdown(self.vm).await.context("VM.shutdown")
     }
+
+    fn named(&self, name: &str) -> Result<VmRef> {
+        self.xapi.db().snapshot_named(self.vm, name).with_context(|| format!("the VM has no snapshot {name:?}"))
+    }
 }
 
 impl Machine for OnXapi<'_> {
@@ -60,10 +64,14 @@ impl Machine for OnXapi<'_> {
     }
 
     async fn revert(&mut self, name: &str) -> Result<()> {
-        let snapshot = self.xapi.db().snapshot_named(self.vm, name);
-        let snapshot = snapshot.with_context(|| format!("the VM has no snapshot {name:?}"))?;
+        let snapshot = self.named(name)?;
         self.disks.clear();
         self.xapi.vm_revert(snapshot).await.context("VM.revert")
+    }
+
+    async fn destroy(&mut self, name: &str) -> Result<()> {
+        let snapshot = self.named(name)?;
+        self.xapi.vm_destroy(snapshot).await.context("VM.destroy")
     }
 
     async fn resize(&mut self, disk: usize, size: u64) -> Result<()> {

@@ -90,6 +90,11 @@ impl Machine for Chains {
         Ok(())
     }
 
+    async fn destroy(&mut self, name: &str) -> Result<()> {
+        // Others may lie on its images.
+        self.snapshots.remove(name).map(drop).context("no such snapshot")
+    }
+
     async fn resize(&mut self, disk: usize, size: u64) -> Result<()> {
         if let Some(daemon) = self.daemons.remove(&disk) {
             daemon.quit();

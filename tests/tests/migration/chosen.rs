@@ -47,6 +47,22 @@ async fn every_acknowledged_write_of_a_guest_that_never_waits_is_at_the_destinat
     }
 }
 
+/// The snapshots that two branches, and the leaf and a snapshot, had in common are gone, and their data is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn branches_of_snapshots_that_were_destroyed_migrate() {
+    for flow in FLOWS {
+        let plan = r#"{"size": 8388608, "guest": {"writes_per_second": 100}, "steps": [
+            {"write": {"offset": 0, "length": 2097152, "seed": 1}}, {"snapshot": "root"},
+            {"write": {"offset": 1048576, "length": 524288, "seed": 2}}, {"snapshot": "left"},
+            {"revert": "root"}, {"zero": {"offset": 0, "length": 262144}}, {"snapshot": "right"},
+            {"write": {"offset": 4194304, "length": 524288, "seed": 3}}, {"snapshot": "gone"},
+            {"resize": 12582912}, {"write": {"offset": 4194304, "length": 65536, "seed": 4}},
+            {"destroy": "gone"}, {"destroy": "root"}]}"#;
+        let outcome = outcome(plan, flow, false).await;
+        assert_eq!(outcome.report.nodes.len(), 3, "\n{outcome}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_halted_vm_migrates() {
     for flow in FLOWS {

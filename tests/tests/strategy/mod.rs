@@ -32,6 +32,7 @@ enum Kind {
     Resize,
     Snapshot,
     Revert,
+    Destroy,
 }
 
 /// Plans of 1 to 3 disks of 1 to 16 MiB, with up to 12 snapshots.
@@ -60,6 +61,7 @@ fn choice() -> impl Strategy<Value = Choice> {
         1 => Just(Kind::Resize),
         5 => Just(Kind::Snapshot),
         2 => Just(Kind::Revert),
+        1 => Just(Kind::Destroy),
     ];
     let grain = prop_oneof![3 => Just(64 * KIB), 2 => Just(4 * KIB), 1 => Just(512u64)];
     let length = prop_oneof![4 => 1..=64 * KIB, 2 => 1..=512 * KIB];
@@ -70,7 +72,8 @@ fn choice() -> impl Strategy<Value = Choice> {
 fn resolve(disks: &[u64], choices: &[Choice]) -> Vec<Step> {
     let mut sizes = disks.to_vec();
     let mut written: Vec<Extent> = Vec::new();
-    let mut snapshots: Vec<Vec<u64>> = Vec::new();
+    let mut snapshots: Vec<(String, Vec<u64>)> = Vec::new();
+    let mut taken = 0;
     let mut steps = Vec::new();
     for choice in choices {
         let disk = choice.disk % sizes.len();
@@ -93,17 +96,24 @@ fn resolve(disks: &[u64], choices: &[Choice]) -> Vec<Step> {
                 Action::Resize(sizes[disk])
             }
             Kind::Snapshot if snapshots.len() < SNAPSHOTS => {
-                snapshots.push(sizes.clone());
-                steps.push(Step::Snapshot(format!("snap{}", snapshots.len())));
+                taken += 1;
+                let name = format!("snap{taken}");
+                snapshots.push((name.clone(), sizes.clone()));
+                steps.push(Step::Snapshot(name));
                 continue;
             }
             Kind::Revert if !snapshots.is_empty() => {
-                let index = (choice.place * snapshots.len() as f64) as usize;
-                sizes.clone_from(&snapshots[index]);
-                steps.push(Step::Revert(format!("snap{}", index + 1)));
+                let (name, old) = &snapshots[(choice.place * snapshots.len() as f64) as usize];
+                sizes.clone_from(old);
+                steps.push(Step::Revert(name.clone()));
                 continue;
             }
-            Kind::Snapshot | Kind::Revert => continue,
+            Kind::Destroy if !snapshots.is_empty() => {
+                let (name, _) = snapshots.remove((choice.place * snapshots.len() as f64) as usize);
+                steps.push(Step::Destroy(name));
+                continue;
+            }
+            Kind::Snapshot | Kind::Revert | Kind::Destroy => continue,
         };
         steps.push(Step::Disk { disk, action });
     }
