@@ -277,6 +277,23 @@ pub fn forget_volume(host: &Host, volume: VolumeKey) -> Result<()> {
     Ok(())
 }
 
+/// Forgets the mirrors of an SR's volumes that are gone: a Volume.destroy that was killed has left them, and nobody
+/// calls it again for what is not listed.
+///
+/// # Errors
+///
+/// As [`forget_volume`]; else a volume's tree cannot be read, or what a killed call left cannot be removed.
+pub fn forget_gone(host: &Host, sr: &Sr) -> Result<()> {
+    MirrorRecord::sweep(host)?;
+    for record in MirrorRecord::all(host)?.into_iter().filter(|record| record.sr == sr.record.uuid) {
+        match sr.load(record.volume) {
+            Err(Error::VolumeDoesNotExist(_)) => forget_volume(host, record.volume)?,
+            found => drop(found?),
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

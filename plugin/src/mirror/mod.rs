@@ -26,8 +26,8 @@ pub use announcement::{Announcement, Base};
 pub use blocks::{Blocks, Range};
 pub use control::{EndReply, EndRequest, How};
 pub use ending::{
-    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, end_unless_running, forget_volume,
-    is_running, reap, source_activated, start_lock,
+    acknowledge, before_deactivate, before_detach, end, end_for_snapshot, end_unless_running, forget_gone,
+    forget_volume, is_running, reap, source_activated, start_lock,
 };
 pub use people::{ForPeople, summary};
 pub use plan::{Destination, Layer, Plan, layers, plan};

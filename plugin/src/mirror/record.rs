@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -73,6 +73,9 @@ pub struct Progress {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub later: u32,
 }
+
+/// How the name of a directory begins that was a mirror's.
+const GONE: &str = ".gone-";
 
 /// What [`Progress::earlier`] and [`Progress::later`] are parts of.
 pub const WHOLE: u32 = 1_000_000;
@@ -290,10 +293,33 @@ impl MirrorRecord {
     /// When its directory cannot be removed.
     pub fn remove(&self, host: &Host) -> Result<()> {
         let directory = host.mirror_dir(self.key);
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", &directory)(error)),
-            _ => Ok(()),
+        // Whoever is killed in the middle leaves what everybody knows to be garbage.
+        let gone = directory.with_file_name(format!("{GONE}{}", self.key));
+        match fs::rename(&directory, &gone) {
+            Ok(()) => remove_directory(&gone),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::on("renaming", &directory)(error)),
         }
+    }
+
+    /// Removes what [`Self::remove`] left when it was killed.
+    ///
+    /// # Errors
+    ///
+    /// When the directory of mirrors cannot be read, or something in it not removed.
+    pub(super) fn sweep(host: &Host) -> Result<()> {
+        let directory = host.runtime_dir().join("mirrors");
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(Error::on("reading directory", &directory))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(Error::on("reading directory", &directory))?;
+            if entry.file_name().as_encoded_bytes().starts_with(GONE.as_bytes()) {
+                remove_directory(&entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives the source volume's URI.
@@ -355,6 +381,14 @@ impl MirrorRecord {
 /// Gives the time in seconds since 1970.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Removes a directory with all that is in it, if it is there.
+fn remove_directory(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", path)(error)),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

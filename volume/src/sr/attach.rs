@@ -4,6 +4,7 @@ use plugin::error::{Error, Result};
 use plugin::gc;
 use plugin::host::Host;
 use plugin::id::SrUuid;
+use plugin::mirror;
 use plugin::smapi::Configuration;
 use plugin::store::{Sr, sr_path};
 use serde::Deserialize;
@@ -38,6 +39,9 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<SrUuid> {
         Ok(false) => {}
         Ok(true) => gc::start(host, &sr),
         Err(error) => tracing::warn!(error = error.chain(), "garbage is left for later"),
+    }
+    if let Err(error) = mirror::forget_gone(host, &sr) {
+        tracing::warn!(error = error.chain(), "records of mirrors are left");
     }
     Ok(uuid)
 }

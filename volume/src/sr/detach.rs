@@ -3,6 +3,7 @@
 use plugin::error::Result;
 use plugin::gc;
 use plugin::host::Host;
+use plugin::mirror;
 use plugin::store::Sr;
 use serde::Deserialize;
 
@@ -25,6 +26,10 @@ pub fn execute(host: &Host, parameters: Parameters) -> Result<()> {
         return Ok(());
     };
     usage::stop_unused(host, uuid)?;
+    // An SR that is not there any more can still be detached.
+    if let Err(error) = Sr::attached(host, uuid).and_then(|sr| mirror::forget_gone(host, &sr)) {
+        tracing::debug!(error = error.chain(), "records of mirrors are left");
+    }
     Sr::detach(host, uuid)?;
     gc::stop(host, uuid)
 }

@@ -7,7 +7,7 @@ use plugin::mirror::{MirrorRecord, Phase};
 use serde_json::{Value, json};
 
 use crate::program::{assert_well, check};
-use crate::support::{Bench, CHANGING, MIB, write};
+use crate::support::{Bench, CHANGING, MIB, at_every_step, names, write};
 
 /// A call that is killed, on a volume with a snapshot and another volume.
 type Request = fn(&str, &str, &str) -> (&'static str, Value);
@@ -81,4 +81,39 @@ fn what_is_left_of_attachments_and_mirrors_is_found_and_ended() {
     let ended = MirrorRecord::load(&host, mirror.key).unwrap().unwrap();
     assert!(ended.phase.is_terminal() && ended.phase != Phase::Finished, "{ended:?}");
     mirror.remove(&host).unwrap();
+}
+
+/// The end of a mirror is told until its volume is destroyed; xapi does not destroy again what it does not find.
+#[test]
+fn the_record_of_a_mirror_goes_also_when_the_destruction_of_its_volume_is_killed() {
+    let bench = Bench::new();
+    let host = plugin::host::Host::at(&bench.host.root);
+    let (mut gone, mirrors) = (0, host.runtime_dir().join("mirrors"));
+    at_every_step(|call, number| {
+        let volume = bench.create(MIB);
+        let uri = VolumeUri { sr: bench.sr.parse().unwrap(), volume: volume.parse().unwrap() };
+        let mut mirror = MirrorRecord::new(
+            uri,
+            plugin::id::NodeId::random(),
+            "7".parse().unwrap(),
+            "nbd:unix:/nowhere".to_owned(),
+        );
+        mirror.phase = Phase::Finished;
+        fs::create_dir_all(host.mirror_dir(mirror.key)).unwrap();
+        mirror.store(&host).unwrap();
+        let request = bench.request(json!({"key": volume}));
+        let was_killed = bench.host.killed_at("Volume.destroy", &request, call, number)?;
+        let is_listed = bench.keys().contains(&volume);
+        gone += u32::from(was_killed && !is_listed);
+        let configuration = json!({"configuration": bench.configuration()});
+        if number % 2 == 0 {
+            bench.call("SR.detach", json!({}));
+            assert_eq!(names(&mirrors).len(), usize::from(is_listed), "{call} {number}");
+        }
+        bench.host.call("SR.attach", configuration);
+        assert_eq!(names(&mirrors).len(), usize::from(is_listed), "{call} {number}");
+        bench.destroy(&volume);
+        Some(was_killed)
+    });
+    assert!(gone > 2, "{gone}");
 }
