@@ -1,6 +1,7 @@
 //! Every script call of a migration fails once: instead of running, after it ran, or killed in the middle.
 //!
-//! Of many calls of one method some are chosen; FAKE_XAPI_SWEEP=all has every single one fail in each way.
+//! Of many calls of one method the first and the last are chosen, or where another flow does that the last alone;
+//! FAKE_XAPI_SWEEP=all has every single one fail.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -105,27 +106,24 @@ fn cases(flow: Flow, calls: &[CallRecord], source: &str) -> Vec<Case> {
     cases
 }
 
-/// Keeps, by the flow `tree`, of the cases that differ in nothing but which call of a method it is, the last one, and the first
-/// one where the call fails instead of running. By the other flows, which share most calls with it, the last call of each
-/// method fails in one of the ways, another one for the next method. All of them are kept where FAKE_XAPI_SWEEP is `all`.
+/// Keeps, of the cases that differ in nothing but which call of a method it is, the last one, by the flow `tree` the first
+/// one too; all of them where FAKE_XAPI_SWEEP is `all`.
 fn chosen(cases: Vec<Case>) -> Vec<Case> {
     if std::env::var("FAKE_XAPI_SWEEP").is_ok_and(|value| value == "all") || std::env::var_os(ONLY).is_some() {
         return cases;
     }
-    let mut alike: BTreeMap<_, BTreeMap<_, Vec<usize>>> = BTreeMap::new();
+    let kind = |case: &Case| (case.side, case.method, case.how.to_string());
+    let mut alike: BTreeMap<_, Vec<usize>> = BTreeMap::new();
     for (index, case) in cases.iter().enumerate() {
-        alike.entry((case.side, case.method)).or_default().entry(case.how.to_string()).or_default().push(index);
+        alike.entry(kind(case)).or_default().push(index);
     }
-    let mut kept = BTreeSet::new();
-    for (rank, hows) in alike.values().enumerate() {
-        let chosen = rank % hows.len();
-        for (number, calls) in hows.values().enumerate() {
-            let (Some(first), Some(last)) = (calls.first(), calls.last()) else { continue };
-            let is_tree = cases[*last].flow == Flow::Tree;
-            kept.extend((is_tree || number == chosen).then_some(*last));
-            kept.extend((is_tree && matches!(cases[*first].how, How::Instead)).then_some(*first));
-        }
-    }
+    // Of flows that share most calls one is tried more closely.
+    let ends = |indices: &Vec<usize>| {
+        let last = *indices.last()?;
+        let first = indices.first().copied().filter(|first| cases[*first].flow == Flow::Tree);
+        Some([first.unwrap_or(last), last])
+    };
+    let kept: BTreeSet<usize> = alike.values().filter_map(ends).flatten().collect();
     cases.into_iter().enumerate().filter(|(index, _)| kept.contains(index)).map(|(_, case)| case).collect()
 }
 
