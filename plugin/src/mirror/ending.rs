@@ -271,10 +271,11 @@ pub fn source_activated(host: &Host, volume: VolumeKey) -> Result<()> {
 ///
 /// When one of them cannot be ended or its record not removed.
 pub fn forget_volume(host: &Host, volume: VolumeKey) -> Result<()> {
-    for record in MirrorRecord::of_volume(host, volume)? {
-        end(host, &record, How::Cancel, "the volume was destroyed")?.remove(host)?;
-    }
-    Ok(())
+    MirrorRecord::of_volume(host, volume)?.iter().try_for_each(|record| forget(host, record))
+}
+
+fn forget(host: &Host, record: &MirrorRecord) -> Result<()> {
+    end(host, record, How::Cancel, "the volume was destroyed")?.remove(host)
 }
 
 /// Forgets the mirrors of an SR's volumes that are gone: a Volume.destroy that was killed has left them, and nobody
@@ -287,7 +288,7 @@ pub fn forget_gone(host: &Host, sr: &Sr) -> Result<()> {
     MirrorRecord::sweep(host)?;
     for record in MirrorRecord::all(host)?.into_iter().filter(|record| record.sr == sr.record.uuid) {
         match sr.load(record.volume) {
-            Err(Error::VolumeDoesNotExist(_)) => forget_volume(host, record.volume)?,
+            Err(Error::VolumeDoesNotExist(_)) => forget(host, &record)?,
             found => drop(found?),
         }
     }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -296,7 +296,7 @@ impl MirrorRecord {
         // Whoever is killed in the middle leaves what everybody knows to be garbage.
         let gone = directory.with_file_name(format!("{GONE}{}", self.key));
         match fs::rename(&directory, &gone) {
-            Ok(()) => remove_directory(&gone),
+            Ok(()) => record::remove_directory(&gone).map_err(Error::on("removing", &gone)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(Error::on("renaming", &directory)(error)),
         }
@@ -316,7 +316,7 @@ impl MirrorRecord {
         for entry in entries {
             let entry = entry.map_err(Error::on("reading directory", &directory))?;
             if entry.file_name().as_encoded_bytes().starts_with(GONE.as_bytes()) {
-                remove_directory(&entry.path())?;
+                record::remove_directory(&entry.path()).map_err(Error::on("removing", entry.path()))?;
             }
         }
         Ok(())
@@ -381,14 +381,6 @@ impl MirrorRecord {
 /// Gives the time in seconds since 1970.
 pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// Removes a directory with all that is in it, if it is there.
-fn remove_directory(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::on("removing", path)(error)),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]
